@@ -25,7 +25,7 @@ def peer_identity(transport: asyncio.BaseTransport | None) -> str:
     OpenSSL has checked the certificate against the cluster's CA. Whether its owner is a member still is for others to say.
     """
     shown: dict[str, Any] | None = None if transport is None else transport.get_extra_info("peercert")
-    return name_in(shown) if shown else ""
+    return identity_of(shown) if shown else ""
 
 
 def asker(request: web.BaseRequest) -> str:
@@ -34,7 +34,7 @@ def asker(request: web.BaseRequest) -> str:
     return known or peer_identity(request.transport)
 
 
-def name_in(certificate: dict[str, Any]) -> str:
+def identity_of(certificate: dict[str, Any]) -> str:
     """The identity in a certificate, which is as `ssl.SSLSocket.getpeercert` gives it; "": there is not exactly one name in it."""
     names = [value for parts in certificate.get("subject", ()) for key, value in parts if key == _NAME]
     return names[0] if len(names) == 1 and is_identity(names[0]) else ""

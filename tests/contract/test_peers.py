@@ -14,7 +14,7 @@ from aiohttp import web
 
 from potluck.credentials import Credentials
 from potluck.net.http import serve_http
-from potluck.net.peers import asker, is_secured, name_in
+from potluck.net.peers import asker, identity_of, is_secured
 from potluck.security import certificates, contexts
 from potluck.wire.identities import CALLER_HEADER
 from support.closed import Authority
@@ -72,4 +72,4 @@ async def test_nobody_is_known_without_tls() -> None:
     ],
 )
 def test_a_name_that_is_no_identity_is_nobody(subject: tuple[object, ...]) -> None:
-    assert name_in({"subject": subject}) == ""
+    assert identity_of({"subject": subject}) == ""
