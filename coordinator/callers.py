@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 from potluck.errors import NotAllowed, NotAuthenticated
+from potluck.logs import Seldom, fields
 from potluck.wire import roles
 from potluck.wire.roles import Caller
 from potluck.wire.values import Message
 
+log = logging.getLogger(__name__)
+
+_LOG_SECONDS = 60.0
 RoleOf = Callable[[str], str | None]
 """The role of a member: `coordinator`, or as `potluck.wire.members.MemberRole`; None: there is none of this identity now.
 
@@ -27,6 +32,7 @@ class Callers:
     def __init__(self, role_of: RoleOf, bearer: Bearer = lambda token: None) -> None:
         self._role_of = role_of
         self._bearer = bearer
+        self._seldom = Seldom(_LOG_SECONDS)
 
     def member(self, identity: str, key: str = "") -> Caller:
         """Whoever has proved this identity ("": nobody); `key` as in Caller. Raises NotAuthenticated."""
@@ -49,6 +55,11 @@ class Callers:
     def check(self, identity: str, question: type[Message]) -> None:
         """Raises NotAuthenticated, and NotAllowed as `roles.check`."""
         roles.check(self.member(identity), question)
+
+    def note(self, who: str, what: str, code: str) -> None:
+        """Log that somebody is refused, but seldom. `code`: that of the error."""
+        if (more := self._seldom.due(f"{code} {who}")) is not None:
+            log.warning("refused %s", fields(who=who[:100], what=what, code=code, more=more or None))
 
 
 def require(caller: Caller, needed: str, what: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
@@ -32,6 +33,7 @@ from potluck.errors import (
     NotFound,
     TimedOut,
 )
+from potluck.logs import fields
 from potluck.wire import codec, roles
 from potluck.wire.addresses import check_holders
 from potluck.wire.deadlines import deadline, too_late
@@ -83,6 +85,8 @@ from potluck.wire.refs import locate
 from potluck.wire.roles import ANYBODY, Caller
 from potluck.wire.values import SHARDS_LIMIT, BlobRef, Dataset, Message
 from potluck.wording import be, counted
+
+log = logging.getLogger(__name__)
 
 P = TypeVar("P", bound=Struct)
 
@@ -165,6 +169,8 @@ class Control:
         TimedOut if it came too late.
         """
         roles.check(caller, type(message))
+        if caller.known and roles.changes(type(message)):
+            log.info("asked %s", fields(caller=caller.identity, role=caller.role, type=type(message).__name__))
         now = self._clock()
         if deadline(message, now) < now:
             raise TimedOut(too_late(message, now, "the coordinator's"))

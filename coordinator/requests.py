@@ -12,7 +12,7 @@ from coordinator.callers import Callers
 from coordinator.control import TAKES_TIME, Control, Later, Stream
 from potluck.bus.mqtt import Envelope
 from potluck.bus.outbox import Outbox
-from potluck.errors import Overloaded
+from potluck.errors import NotAllowed, NotAuthenticated, Overloaded
 from potluck.surviving import as_defect
 from potluck.wire.roles import Caller
 from potluck.wire.values import Message
@@ -60,7 +60,10 @@ class Requests:
             else:
                 self._outbox.reply(envelope, answer)
         except Exception as error:  # noqa: BLE001 - whoever asked hears of it, and nobody else
-            self._outbox.refuse(envelope, as_defect(error, type(message).__name__))
+            failure = as_defect(error, type(message).__name__)
+            if self._callers is not None and isinstance(failure, NotAuthenticated | NotAllowed):
+                self._callers.note(envelope.caller, type(message).__name__, failure.code)
+            self._outbox.refuse(envelope, failure)
 
     async def drained(self) -> None:
         """Return when the questions that take time, and came before, are answered; streams are not waited for."""

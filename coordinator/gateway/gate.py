@@ -5,7 +5,6 @@ The sender of a request is whom the certificate of its connection names. Program
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
@@ -15,12 +14,9 @@ from aiohttp import hdrs, web
 from coordinator.callers import ANY_MEMBER, Callers, require
 from coordinator.gateway.answers import Handler, refused
 from potluck.errors import NotAllowed, NotAuthenticated
-from potluck.logs import Seldom, fields
 from potluck.net.peers import ASKER, peer_identity
 from potluck.wire.joining import CA_PATH, JOIN_PATH, RENEW_PATH
 from potluck.wire.roles import Caller
-
-log = logging.getLogger(__name__)
 
 ANYBODY: Final = ""
 """What somebody without an identity may do: see that the server lives, and join."""
@@ -61,7 +57,7 @@ CALLER = "potluck caller"
 """Where a request keeps who sent it."""
 _BEARER = re.compile(r"(?i:bearer) +([A-Za-z0-9._~+/-]+=*)")
 _KEY = "http"
-_LOG_SECONDS = 60.0
+_REFUSED = {401: NotAuthenticated.code, 403: NotAllowed.code}
 
 
 class Gate:
@@ -69,14 +65,17 @@ class Gate:
 
     def __init__(self, callers: Callers) -> None:
         self._callers = callers
-        self._seldom = Seldom(_LOG_SECONDS)
 
     @property
     def middleware(self) -> Callable[[web.Request, Handler], Awaitable[web.StreamResponse]]:
         @web.middleware
         async def passed(request: web.Request, handler: Handler) -> web.StreamResponse:
             refusal = self._admit(request)
-            return refusal if refusal is not None else await handler(request)
+            response = await handler(request) if refusal is None else refusal
+            if response.status in _REFUSED:
+                who = peer_identity(request.transport) or f"somebody at {request.remote}"
+                self._callers.note(who, f"{request.method} {request.path[:100]}", _REFUSED[response.status])
+            return response
 
         return passed
 
@@ -98,8 +97,6 @@ class Gate:
             caller = self._caller(request)
             require(caller, needed, f"{request.method} {request.path[:100]}")
         except (NotAuthenticated, NotAllowed) as error:
-            if (more := self._seldom.due(f"{error.code} {request.remote}")) is not None:
-                log.info("request refused %s", fields(peer=request.remote, reason=error.message, more=more or None))
             return refused(error)
         request[CALLER], request[ASKER] = caller, caller.identity
         return None

@@ -47,6 +47,7 @@ class BusRequests:
             try:
                 self._callers.check(envelope.caller, type(message))
             except (NotAuthenticated, NotAllowed) as denied:
+                self._callers.note(envelope.caller, type(message).__name__, denied.code)
                 self._outbox.refuse(envelope, denied)
                 return
         if isinstance(message, CancelInfer):

@@ -87,6 +87,11 @@ A user may cancel and stop its own jobs only; `Control` looks at whose they are.
 """
 
 
+def changes(question: type[Message]) -> bool:
+    """Whether a question may change something for others: who asks it stands in the log."""
+    return NEEDS.get(question, "operator") != "viewer" and question is not questions.FindReplicas
+
+
 def check(caller: Caller, question: type[Message]) -> None:
     """Raises NotAllowed, which names the role that is needed."""
     needed = NEEDS.get(question, "operator")

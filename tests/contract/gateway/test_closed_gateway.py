@@ -202,6 +202,19 @@ async def test_a_question_needs_its_role(closed: Closed, lab: Lab) -> None:
         assert (await ask(session, question))[0] == 200
 
 
+async def test_who_is_refused_stands_in_the_log(closed: Closed, caplog: pytest.LogCaptureFixture) -> None:
+    async with closed.session("client:viewer") as session, closed.session() as nobody:
+        for _ in range(2):
+            await ask(session, b'{"type": "Undeploy", "model": "m"}')
+            await ask(nobody, b'{"type": "ListNodes"}')
+        await ask(session, b'{"type": "ListModels"}')
+    said = [record.getMessage() for record in caplog.records if record.name == "coordinator.callers"]
+    assert said == [
+        "refused who=client:viewer what='POST /v1/control' code=not_allowed",
+        "refused who='somebody at 127.0.0.1' what='POST /v1/control' code=not_authenticated",
+    ]
+
+
 async def test_msgpack_is_answered_too(closed: Closed) -> None:
     async with (
         closed.session(bearer="viewer") as session,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,16 @@ from potluck.wire import codec
 from potluck.wire.jobs import Evaluate
 from potluck.wire.members import BearerCreated, CreateBearer
 from potluck.wire.messages import AnyMessage
-from potluck.wire.questions import CancelJob, FollowEvents, Infer, ListEvents, RemoveAlias, StopTraining, SubmitJob
+from potluck.wire.questions import (
+    CancelJob,
+    FindReplicas,
+    FollowEvents,
+    Infer,
+    ListEvents,
+    RemoveAlias,
+    StopTraining,
+    SubmitJob,
+)
 from potluck.wire.roles import NEEDS, RANKS, Caller
 from potluck.wire.values import Message
 from support.eventually import eventually
@@ -93,6 +103,26 @@ async def test_every_message_for_every_role(kind: type[Message]) -> None:
             assert not {"not_allowed", "not_authenticated"} & set(replies.codes)
             continue
         assert work.reached == []
+
+
+async def test_who_changes_something_stands_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    asking = control(Work())
+    for question in (RemoveAlias(model="m:prod"), FindReplicas(model="m"), ListEvents()):
+        for caller in (CHIEF, Caller(key="k")):
+            with contextlib.suppress(Reached):
+                asking.answer(question, caller)
+    said = [record.getMessage() for record in caplog.records if record.name == "coordinator.control"]
+    assert said == ["asked caller=client:chief role=operator type=RemoveAlias"]
+
+
+async def test_refused_questions_are_logged_once_a_minute(caplog: pytest.LogCaptureFixture) -> None:
+    asked = requests(Work(), Replies(), "viewer")
+    for name in ("ann", "ann", "bob"):
+        asked.on_request(Envelope("t", RemoveAlias(model="m:prod"), reply_to=INBOX, caller=f"client:{name}"))
+    asked.on_request(Envelope("t", ListEvents(), reply_to=INBOX, caller="client:cat"))
+    said = [record.getMessage() for record in caplog.records if record.name == "coordinator.callers"]
+    assert said == [f"refused who=client:{name} what=RemoveAlias code=not_allowed" for name in ("ann", "bob")]
 
 
 async def test_who_is_not_proved_is_nobody() -> None:
