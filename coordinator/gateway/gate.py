@@ -14,7 +14,7 @@ from aiohttp import hdrs, web
 from coordinator.callers import ANY_MEMBER, Callers, require
 from coordinator.gateway.answers import Handler, refused
 from potluck.errors import NotAllowed, NotAuthenticated
-from potluck.net.peers import ASKER, peer_identity
+from potluck.net.peers import ASKER, kept, peer_identity
 from potluck.wire.joining import CA_PATH, JOIN_PATH, RENEW_PATH
 from potluck.wire.roles import Caller
 
@@ -53,7 +53,7 @@ NEEDS: Final[dict[str, str]] = {
 }
 """The least role for each route. A route that is not here needs an operator: a new one cannot be open by mistake."""
 
-CALLER = "potluck caller"
+CALLER = kept("potluck caller")
 """Where a request keeps who sent it."""
 _BEARER = re.compile(r"(?i:bearer) +([A-Za-z0-9._~+/-]+=*)")
 _KEY = "http"

@@ -9,7 +9,14 @@ from aiohttp import web
 
 from potluck.wire.identities import is_identity
 
-ASKER = "potluck asker"
+
+def kept(name: str) -> Any:
+    """The key of something that is kept with a request: a text, for which aiohttp warns since it has keys of its own (3.14)."""
+    kind = getattr(web, "RequestKey", None)
+    return name if kind is None else kind(name, object)
+
+
+ASKER = kept("potluck asker")
 """Where a request keeps the identity of its sender, if that was found in another way than by a certificate."""
 _NAME = "commonName"
 
