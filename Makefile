@@ -10,7 +10,7 @@ OLD := -W ignore::DeprecationWarning -W ignore::UserWarning
 EXTRAS := engine,litert,broker,tfrecord,parquet,demo
 INSTALL := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check $(NEWEST) $(LIMITS:%=--constraint=%)
 
-.PHONY: help demo test test-systemd test-lowest test-newest check bench packages packages-systemd clean
+.PHONY: help demo test test-systemd test-lowest test-newest check fuzz bench packages packages-systemd clean
 
 help:  ## Say what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -37,11 +37,14 @@ check: $(VENV)/.dev  ## Lint, format, types, and the rules of who imports whom
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+fuzz: $(VENV)/.fuzz  ## Fuzz the decoders in turn; SECONDS=3600 in all, ONLY="message csv" chooses targets
+	@$(BIN)/python tests/fuzz/run.py --seconds $(or $(SECONDS),600) $(if $(ONLY),--only $(ONLY)) $(FUZZ)
+
 bench: $(VENV)/.dev  ## Run the benchmarks in full
 	@for file in latency scaling scale training serving litert; do $(BIN)/python benchmarks/$$file.py || exit 1; done
 
 clean:  ## Remove what make made
-	rm -rf $(VENV) .venv-lowest .venv-newest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .venv-lowest .venv-newest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .fuzz
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Debian's python3-pip comes without python3-venv: then pip itself puts a pip into the environment.
@@ -65,6 +68,11 @@ $(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
 $(VENV)/.dev: $(VENV)/.demo
 	@echo "installing what tests and checks need"
 	@$(INSTALL) --editable '.[$(EXTRAS),dev]'
+	@touch $@
+
+# There is no wheel for every Python: then the runner says so.
+$(VENV)/.fuzz: $(VENV)/.dev
+	@$(INSTALL) --editable '.[$(EXTRAS),dev,fuzz]' || echo "atheris cannot be installed here"
 	@touch $@
 
 # What the tests use of the system. With root on Debian or Ubuntu we say what is installed, then install it; elsewhere what cannot run.

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+WORDS_LIMIT = 4000
+"""How many characters a message may have: what it quotes may come from anyone, and must not fill a log or a message on the bus."""
+
 
 class PotluckError(Exception):
     """Base of all errors. `code` is stable and goes on the wire; `retryable`: the same request may succeed later.
@@ -16,9 +19,18 @@ class PotluckError(Exception):
     exit_code: ClassVar[int] = 1
 
     def __init__(self, message: str, *, retry_after_seconds: float | None = None) -> None:
+        message = _sendable(message)
         super().__init__(message)
         self.message = message
         self.retry_after_seconds = retry_after_seconds
+
+
+def _sendable(message: str) -> str:
+    """The message, cut in the middle where it is too long, and with escapes for halves of surrogate pairs, which UTF-8 does not have."""
+    if len(message) > WORDS_LIMIT:
+        half = WORDS_LIMIT // 2
+        message = f"{message[:half]} ... ({len(message) - 2 * half} characters left out) ... {message[-half:]}"
+    return message.encode(errors="backslashreplace").decode()
 
 
 class BadMessage(PotluckError):

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import tarfile
 import tempfile
 from pathlib import Path, PurePosixPath
 
+from potluck import tars
 from potluck.errors import InvalidModel, InvalidRequest
 from potluck.wording import counted
 
 GRAPH = "saved_model.pb"
 """The file that makes a folder a SavedModel."""
 ENTRIES_LIMIT = 10_000
+DEPTH_LIMIT = 32
+"""How many folders may be inside each other."""
+_UNUSABLE = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EINVAL, errno.ELOOP)
+"""Errors of the file system for names that no folder can have beside each other."""
 
 
 def check(folder: Path) -> None:
@@ -67,21 +73,34 @@ def unpack(tar: Path, folder: Path) -> None:
 
 def _extract(tar: Path, folder: Path) -> None:
     try:
-        with tarfile.open(tar, "r:") as archive:
-            for number, entry in enumerate(archive):
-                name = PurePosixPath(entry.name)
-                if name.is_absolute() or ".." in name.parts or number >= ENTRIES_LIMIT:
-                    raise InvalidModel(f"the SavedModel's tar has an entry that is not allowed: {entry.name[:100]!r}")
-                if entry.isdir():
-                    (folder / name).mkdir(parents=True, exist_ok=True)
-                    continue
-                content = archive.extractfile(entry) if entry.isreg() and not entry.issparse() else None
-                if content is None:
-                    raise InvalidModel(
-                        f"the SavedModel's tar has an entry that is neither a file nor a folder: {entry.name[:100]!r}"
-                    )
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                with content, (folder / name).open("wb") as file:
-                    shutil.copyfileobj(content, file)
+        with tars.opened(tar) as entries:
+            for number, (archive, entry) in enumerate(entries):
+                if number >= ENTRIES_LIMIT:
+                    raise _refused(entry, f"one more than the {ENTRIES_LIMIT} that are allowed")
+                try:
+                    _extract_one(archive, entry, folder)
+                except OSError as error:
+                    if error.errno not in _UNUSABLE:  # not this entry, but this disk
+                        raise
+                    raise _refused(entry, f"that cannot be written ({error.strerror})") from error
     except tarfile.TarError as error:
         raise InvalidModel(f"the SavedModel is not a tar of its folder ({error}): register it again") from error
+
+
+def _extract_one(archive: tarfile.TarFile, entry: tarfile.TarInfo, folder: Path) -> None:
+    name = PurePosixPath(entry.name)
+    if name.is_absolute() or ".." in name.parts or "\0" in entry.name or len(name.parts) > DEPTH_LIMIT:
+        raise _refused(entry, "that is not allowed")
+    if entry.isdir():
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        return
+    content = archive.extractfile(entry) if entry.isreg() and not entry.issparse() else None
+    if content is None:
+        raise _refused(entry, "that is neither a file nor a folder")
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    with content, (folder / name).open("wb") as file:
+        shutil.copyfileobj(content, file)
+
+
+def _refused(entry: tarfile.TarInfo, why: str) -> InvalidModel:
+    return InvalidModel(f"the SavedModel's tar has an entry {why}: {entry.name[:100]!r}")

@@ -19,7 +19,7 @@ from potluck.errors import InvalidRequest
 from potluck.scores import of_classes
 from potluck.wire.questions import Inferred, ModelInfo
 from potluck.wire.tensors import from_numpy, packed, plain, to_numpy
-from potluck.wire.values import Count, Signature, Tensor
+from potluck.wire.values import Shape, Signature, Tensor
 
 _MICROSECONDS = 1e-6
 _OCTETS = "application/octet-stream"
@@ -29,7 +29,7 @@ class RequestTensor(msgspec.Struct):
     """A tensor of an inference request: V2, "$request_input"."""
 
     name: str
-    shape: tuple[Count, ...]
+    shape: Shape
     datatype: str
     data: list[Any] | None = None
     parameters: dict[str, Any] | None = None

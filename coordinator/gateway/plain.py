@@ -17,6 +17,7 @@ from coordinator.gateway.catalog import answers
 from coordinator.serving.inputs import size_bytes
 from potluck.data import images, items
 from potluck.errors import InvalidData, InvalidRequest
+from potluck.net.http import media_type
 from potluck.scores import of_classes
 from potluck.wire.questions import Inferred, ModelInfo
 from potluck.wire.tensors import from_numpy, to_numpy
@@ -88,7 +89,7 @@ class Plain:
         name, signature = self._asking.deployed(model)
         info = _described(self._asking.catalog.info(name), signature)
         body = await self._asking.bodies.read(request)
-        content_type, data = await beside(len(body), lambda: _file(request, body))
+        content_type, data = await asyncio.to_thread(_file, request, body)
         async with self._decoding:
             item = await asyncio.to_thread(_item, content_type, data, info)
         if info.signature is None or len(info.signature.inputs) != 1:
@@ -137,7 +138,7 @@ def _described(info: ModelInfo, signature: Signature | None) -> ModelInfo:
 
 def _file(request: web.Request, body: bytes) -> tuple[str, bytes]:
     """(its type, its bytes): the body, or the first file in a form. Raises InvalidRequest."""
-    content_type = request.content_type
+    content_type = media_type(request)
     if content_type == "multipart/form-data":
         content_type, body = forms.first_file(request.headers["Content-Type"], body)
     if not body:

@@ -17,7 +17,7 @@ from coordinator.gateway.answers import problem
 from coordinator.gateway.asking import Asking
 from coordinator.gateway.gate import caller_of_member
 from potluck.errors import InvalidRequest
-from potluck.net.http import caller_of
+from potluck.net.http import caller_of, media_type
 from potluck.surviving import as_defect
 from potluck.wire import codec
 from potluck.wire.identities import ANONYMOUS
@@ -44,10 +44,10 @@ class Questions:
 
         In a closed cluster every client has a name, and what it says of itself is not read.
         """
-        if request.content_type not in codec.CONTENT_TYPES.values():
+        if (kind := media_type(request)) not in codec.CONTENT_TYPES.values():
             return problem(
                 415,
-                f"the Content-Type is {request.content_type[:80]}: send {' or '.join(codec.CONTENT_TYPES.values())}",
+                f"the Content-Type is {kind[:80]}: send {' or '.join(codec.CONTENT_TYPES.values())}",
             )
         if hdrs.ORIGIN in request.headers:
             return problem(403, "questions from web pages are refused: ask with a program of your own")

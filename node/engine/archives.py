@@ -6,16 +6,18 @@ A file of a few KB can ask for any amount of memory. If this check misses it, th
 from __future__ import annotations
 
 import json
-import math
+import lzma
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from potluck.errors import InvalidModel, OutOfMemory
 
-CONFIG_LIMIT_BYTES = 64 * 2**20
-"""Limit of a `config.json`. The largest models of Keras have 1 MB."""
+CONFIG_LIMIT_BYTES = 16 * 2**20
+"""Limit of a `config.json`. The largest models of Keras have 1 MB. Read, it takes twenty times as much memory."""
 INFLATION = 50
 INFLATION_FROM_BYTES = 256 * 2**20
 """Keras does not compress, and weights compress little. A file that unpacks to far more than its size, and to at least
@@ -23,6 +25,15 @@ this, was made to fill memory."""
 LEAST_WEIGHT_BYTES = 0.5
 """Size of a weight of 4 bits, the smallest that Keras knows."""
 SLACK_BYTES = 2**20
+
+
+_DAMAGE = (
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error),
+    *(KeyError, ValueError, RecursionError, NotImplementedError, RuntimeError, EOFError, OSError),
+)
+"""Errors of zipfile and json for damaged files."""
+_COUNT_LIMIT = 2**63
+"""Numbers from here on are not told apart: no file has so many weights."""
 
 
 def check(path: Path, memory_bytes: int) -> None:
@@ -46,7 +57,7 @@ def check(path: Path, memory_bytes: int) -> None:
             if sizes.get("config.json", 0) > CONFIG_LIMIT_BYTES:
                 raise InvalidModel(f"the model's config.json has more than {CONFIG_LIMIT_BYTES / 2**20:.0f} MiB")
             config = json.loads(archive.read("config.json"))
-    except (zipfile.BadZipFile, KeyError, ValueError, RecursionError, NotImplementedError, RuntimeError):
+    except _DAMAGE:
         return  # Keras says what is wrong with it
     implied = parameters(config)
     stored = sum(size for name, size in sizes.items() if name not in ("config.json", "metadata.json"))
@@ -58,7 +69,7 @@ def check(path: Path, memory_bytes: int) -> None:
 
 def parameters(config: Any) -> int:
     """The least number of weights in a model's configuration. Counts only layers whose configuration states their size."""
-    return sum(_weights_of(layer) for layer in _layers(config))
+    return min(sum(_weights_of(layer) for layer in _layers(config)), _COUNT_LIMIT)
 
 
 def _layers(config: Any) -> Iterator[dict[str, Any]]:
@@ -77,19 +88,25 @@ def _weights_of(layer: dict[str, Any]) -> int:
     options, kind = layer["config"], layer.get("class_name")
     if kind == "Embedding":
         return _product(options.get("input_dim"), options.get("output_dim"))
-    shape = (layer.get("build_config") or {}).get("input_shape")
+    built = layer.get("build_config")
+    shape = built.get("input_shape") if isinstance(built, dict) else None
     last = shape[-1] if isinstance(shape, list) and shape else 1
     if kind == "Dense":
         return _product(last, options.get("units"))
     if kind in ("LSTM", "GRU", "SimpleRNN"):
         return _product(options.get("units"), options.get("units"))
     if kind in ("Conv1D", "Conv2D", "Conv3D") and options.get("data_format") != "channels_first":
-        kernel = options.get("kernel_size")
-        groups = options.get("groups") or 1
-        return _product(last, options.get("filters"), *(kernel if isinstance(kernel, list) else [kernel])) // groups
+        kernel, groups = options.get("kernel_size"), options.get("groups")
+        found = _product(last, options.get("filters"), *(kernel if isinstance(kernel, list) else [kernel]))
+        return found // groups if type(groups) is int and groups > 0 else found
     return 0
 
 
 def _product(*factors: Any) -> int:
-    """The product of whole numbers; 0 if a factor is not a whole number."""
-    return math.prod(factors) if all(type(factor) is int and factor > 0 for factor in factors) else 0
+    """The product of whole numbers, at most _COUNT_LIMIT; 0 if a factor is not a whole number."""
+    found = 1
+    for factor in factors:
+        if type(factor) is not int or factor <= 0:
+            return 0
+        found = min(found * factor, _COUNT_LIMIT) if factor < _COUNT_LIMIT else _COUNT_LIMIT
+    return found

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from potluck import tars
 from potluck.errors import InvalidData
 from potluck.wording import counted
 
@@ -57,8 +58,8 @@ def file_index(path: Path) -> FileIndex:
     key: str | None = None
     size = path.stat().st_size
     try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
+        with tars.opened(path) as members:
+            for tar, member in members:
                 if not member.isfile():
                     continue
                 stem, _, suffix = member.name.rpartition(".")

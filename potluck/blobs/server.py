@@ -16,7 +16,7 @@ from potluck.blobs.sending import FileAnswer
 from potluck.blobs.store import BlobStore, NewFile, is_sha256, made_up_name
 from potluck.errors import DiskFull, InvalidRequest, NotFound, PotluckError, TooLarge
 from potluck.logs import fields
-from potluck.net.http import TOO_SLOW, Patience, caller_of
+from potluck.net.http import TOO_SLOW, Patience, caller_of, media_type
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ def inputs_routes(
     """Uploads under way, by address."""
 
     async def post(request: web.Request) -> web.StreamResponse:
-        if request.content_type != _OCTETS:  # a page in a browser cannot send this type unasked: fetch standard, 2.2.2
+        if media_type(request) != _OCTETS:  # a page in a browser cannot send this type unasked: fetch standard, 2.2.2
             return _problem(415, f"inputs are sent as {_OCTETS}")
         if (problem := _wrong_caller(request)) is not None:
             return problem

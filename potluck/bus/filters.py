@@ -7,6 +7,8 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 _CACHE_LIMIT = 4096
+_CACHED_LENGTH = 512
+"""Ours are shorter; a topic may have 65,535 bytes."""
 
 
 def matches(topic_filter: str, topic: str) -> bool:
@@ -69,6 +71,8 @@ class FilterTable(Generic[T]):
             levels = topic.split("/")
             exact = () if is_wild(topic) or topic not in self._values else (self._values[topic],)
             found = (*exact, *(self._values[key] for key, parts in self._wild.items() if _match(parts, levels)))
+            if len(topic) > _CACHED_LENGTH:  # a sender may make up any number of these
+                return found
             if len(self._found) >= _CACHE_LIMIT:
                 self._found.clear()
             self._found[topic] = found

@@ -134,8 +134,13 @@ def read_file(
                 return {"x": loaded}, targets, sample_weight
             names = list(loaded.files)
             part = _part(path, names, targets[0] if targets else None)
+            found = {name.removesuffix(part): loaded[name] for name in names if name.endswith(part)}
+            if (
+                other := next((name for name, value in found.items() if not isinstance(value, np.ndarray)), None)
+            ) is not None:
+                raise InvalidData(f"{path} has something else than an array in it: {other[:100]!r}")
             return (
-                {name.removesuffix(part): loaded[name] for name in names if name.endswith(part)},
+                found,
                 tuple(name.removesuffix(part) for name in targets),
                 sample_weight.removesuffix(part) if sample_weight else None,
             )

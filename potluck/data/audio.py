@@ -19,6 +19,7 @@ _PCM, _FLOAT, _EXTENSIBLE = 1, 3, 0xFFFE
 _UNKNOWN_SIZES = (0x7FFFFFFF - 36, 0x7FFFF000, 0x7FFFFFFF, 0xFFFFFFFF)
 """The length that programs write when they write to a pipe: the data go to the end of the file."""
 CHANNELS_LIMIT = 32
+_DATA_LIMIT_BYTES = 2**32 - 1 - 36
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ def _form(chunk: bytes) -> tuple[bool, int, int, int]:
         (code,) = struct.unpack_from("<H", chunk, 24)
     if (code, bits) not in {(_PCM, 8), (_PCM, 16), (_PCM, 24), (_PCM, 32), (_FLOAT, 32), (_FLOAT, 64)}:
         raise Unusable(f"its samples are coded as format {code} of {bits} bits: save it again as 16-bit PCM")
-    if not 1 <= channels <= CHANNELS_LIMIT or not rate or frame != channels * bits // 8:
+    written = rate * channels * 2  # the bytes of a second in a shard, for which its header has 32 bits
+    if not 1 <= channels <= CHANNELS_LIMIT or not 0 < written < 2**32 or frame != channels * bits // 8:
         raise Unusable(f"damaged: {channels} channels at {rate} samples a second, {frame} bytes a frame")
     return code == _FLOAT, channels, rate, bits
 
@@ -79,6 +81,8 @@ def _wave(form: tuple[bool, int, int, int], rest: memoryview, size: int) -> Wave
     wave = Wave(floats, channels, rate, bits, rest[: length - length % (channels * bits // 8)])
     if not wave.frames:
         raise Unusable("without samples")
+    if wave.frames * channels * 2 > _DATA_LIMIT_BYTES:
+        raise Unusable("too long: as 16-bit PCM it has more than the 4 GiB of a WAV file")
     return wave
 
 

@@ -10,8 +10,9 @@ import io
 import re
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -25,6 +26,11 @@ FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 PIXELS_LIMIT = 89_478_485
 """How many pixels an image file may have: Pillow warns above this. A file of 60 KB may have twenty times as many pixels, and each
 takes up to 4 bytes, twice."""
+PIECE_PIXELS = 2**22
+"""Larger images are converted in pieces."""
+SCANS_FREE = 20
+SCANNED_LIMIT = 20 * PIXELS_LIMIT
+"""How many pixels all scans of a progressive JPEG may have together. Programs write about 10 scans; more than SCANS_FREE are counted."""
 DEFAULT_SCALE = 1.0 / 255.0
 """The factor for pixels where a model does not say what its layers expect."""
 _COPIED_JPEG_MODES = ("L", "RGB")
@@ -51,6 +57,9 @@ _UNREAD = {
 """First bytes of image formats that are not decoded."""
 CONVERT = "files cannot be read: convert it to JPEG or PNG"
 """What to do with an image in such a format."""
+_MARKER = re.compile(rb"\xff+[^\x00\xff\xd0-\xd8\x01]", re.DOTALL)
+"""A marker of JPEG with a segment behind it, or the end of the image."""
+_START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
 _UNDECODABLE = (
     OSError,
     ValueError,
@@ -83,10 +92,18 @@ def tensor(data: bytes, options: ImageOptions, *, whole: bool = False) -> Array:
 def pixels(data: bytes, channels: int, limit: int = PIXELS_LIMIT) -> Array:
     """uint8 of shape (height, width, `channels`). Raises Unusable, also for more than `limit` pixels."""
     with _opened(data, limit) as image:
-        plain = _plain(image)
-        mode = _MODES[channels]
-        found = np.asarray(plain if plain.mode == mode else plain.convert(mode))
-        return found.reshape(*found.shape[:2], channels)
+        convert, mode = _converter(image), _MODES[channels]
+
+        def made(piece: Image.Image) -> Array:
+            plain = convert(piece)
+            return np.asarray(plain if plain.mode == mode else plain.convert(mode)).reshape(*piece.size[::-1], channels)
+
+        if image.width * image.height <= PIECE_PIXELS:
+            return made(image)
+        found = np.empty((image.height, image.width, channels), np.uint8)
+        for left, top, right, bottom in _pieces(image.width, image.height):
+            found[top:bottom, left:right] = made(image.crop((left, top, right, bottom)))
+        return found
 
 
 def resized(found: Array, height: int, width: int) -> Array:
@@ -96,6 +113,9 @@ def resized(found: Array, height: int, width: int) -> Array:
     channels = found.shape[2]
     top, bottom, down = _places(found.shape[0], height)
     left, right, along = _places(found.shape[1], width)
+    if 2 * width * found.shape[0] < height * found.shape[1]:
+        # An image of one row may have millions of columns: whole rows of it would be repeated.
+        found, left, right = _columns(found, left, right)
     # First along whole rows, then along single values: three times as fast as both axes at once.
     rows = found.reshape(len(found), -1)
     first, second = ((place[:, None] * channels + np.arange(channels)).ravel() for place in (left, right))
@@ -143,6 +163,8 @@ def _opened(data: bytes, limit: int = PIXELS_LIMIT) -> Iterator[Image.Image]:
                 raise _too_many(f"{image.width} x {image.height}", limit)
             if image.format == "PNG":
                 _check_png(data)
+            elif image.format in ("JPEG", "MPO"):
+                _check_scans(data, image.width * image.height)
             image.load()
             yield image
     except UnidentifiedImageError as error:
@@ -162,25 +184,37 @@ def _too_many(pixels: str, limit: int) -> Unusable:
 
 def _plain(image: Image.Image) -> Image.Image:
     """The first frame as L, RGB or RGBA, from which any number of channels is made. Writing it as PNG and reading it keeps it equal."""
+    return _converter(image)(image)
+
+
+def _converter(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
+    """What makes the image, or a piece of it, into such an image. Raises Unusable."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        return _of_16_bits(image)
+        tags = getattr(image, "tag_v2", {})
+        bits = int(tags.get(_TAG_BITS, (16,))[0])
+        return partial(_of_16_bits, bits=bits, white_is_zero=tags.get(_TAG_PHOTOMETRIC) == 0)
     if image.mode in ("I", "F"):
         raise Unusable("its range from black to white is unknown: save it with unsigned 8 or 16 bits")
     if image.mode in _ALPHA_MODES or "transparency" in image.info:
         mode = "RGBA"
     else:
         mode = "L" if image.mode in ("1", "L") else "RGB"
-    return image if image.mode == mode else image.convert(mode)
+    return lambda piece: piece if piece.mode == mode else piece.convert(mode)
 
 
-def _of_16_bits(image: Image.Image) -> Image.Image:
+def _of_16_bits(image: Image.Image, bits: int, white_is_zero: bool) -> Image.Image:
     """Grey of 12 or 16 bits by its upper 8 bits, like libpng's `png_set_strip_16`, and so like TensorFlow and Keras."""
-    tags = getattr(image, "tag_v2", {})
-    bits = int(tags.get(_TAG_BITS, (16,))[0])
-    values = np.asarray(image).astype(np.int32) >> (bits - 8)
-    if tags.get(_TAG_PHOTOMETRIC) == 0:
-        values = 255 - values
-    return Image.fromarray(values.astype(np.uint8))
+    values = (np.asarray(image) >> (bits - 8)).astype(np.uint8)
+    return Image.fromarray(255 - values if white_is_zero else values)
+
+
+def _pieces(width: int, height: int) -> Iterator[tuple[int, int, int, int]]:
+    """Boxes of at most PIECE_PIXELS that cover an image. Pillow takes several times the memory of what it converts."""
+    across = min(width, PIECE_PIXELS)
+    down = max(1, PIECE_PIXELS // across)
+    for top in range(0, height, down):
+        for left in range(0, width, across):
+            yield left, top, min(left + across, width), min(top + down, height)
 
 
 def _suffix(image: Image.Image) -> str:
@@ -203,6 +237,21 @@ def _check_png(data: bytes) -> None:
         place += 12 + length
 
 
+def _check_scans(data: bytes, pixels: int) -> None:
+    """Raises ValueError for a JPEG whose scans take minutes to decode: 1 MB may have ten thousand, each over the whole image (ITU-T T.81, B.1)."""
+    place, scans = 2, 0
+    while (marker := _MARKER.search(data, place)) is not None:
+        kind, place = marker[0][-1], marker.end()
+        if kind == _END_OF_IMAGE:
+            return
+        if kind == _START_OF_SCAN:
+            scans += 1
+            if scans > SCANS_FREE and scans * pixels > SCANNED_LIMIT:
+                raise ValueError(f"a JPEG with too many scans ({scans} so far, over {pixels} pixels each)")
+        # What follows is a segment with its length. Behind the header of a scan are its data, in which FF 00 is no marker.
+        place += int.from_bytes(data[place : place + 2])
+
+
 def _places(before: int, after: int) -> tuple[Array, Array, Array]:
     """For each pixel after resizing along an axis: the two pixels that it lies between, and the share of the second."""
     at = (np.arange(after, dtype=np.float32) + np.float32(0.5)) * np.float32(before / after) - np.float32(0.5)
@@ -212,6 +261,12 @@ def _places(before: int, after: int) -> tuple[Array, Array, Array]:
         np.clip(low + 1, 0, before - 1).astype(np.intp),
         at - low,
     )
+
+
+def _columns(found: Array, left: Array, right: Array) -> tuple[Array, Array, Array]:
+    """Only the columns that are used, and where these are now."""
+    used, places = np.unique(np.concatenate([left, right]), return_inverse=True)
+    return found.take(used, 1), places[: len(left)], places[len(left) :]
 
 
 def _between(first: Array, second: Array, share: Array) -> Array:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import re
 import shlex
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -70,7 +71,7 @@ def table_of(path: Path, columns: Columns, target: Target, sample_weight: str | 
     index = list(takewhile(lambda name: _INDEX.fullmatch(name) and name not in wanted, names))
     rest = names[len(index) :]
     if len(set(rest)) != len(rest):
-        twice = next(name for name in rest if rest.count(name) > 1)
+        twice = next(name for name, count in Counter(rest).items() if count > 1)
         raise InvalidData(f"{path}: two columns have the name {twice!r}")
     for name in target_names(target):
         if name not in names:

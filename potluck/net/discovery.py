@@ -39,6 +39,8 @@ ASKS_SECONDS = 4.0
 ANY_CLUSTER = ""
 """As the cluster of a Discovery: whoever has a join token does not know the name of its cluster."""
 _CA = re.compile(f"[0-9a-f]{{{CA_DIGITS}}}")
+SERVICES_LIMIT = 10_000
+"""How many services are known at once."""
 NAMES = 5
 """How many names are tried before an advertisement is given up."""
 
@@ -241,6 +243,8 @@ class Discovery:
             if self._found.pop(name, None) is not None:
                 self._changed.set()
             return
+        if name not in self._found and len(self._found) + len(self._resolving) >= SERVICES_LIMIT:
+            return  # anybody on the network may announce any number
         task = asyncio.create_task(self._resolve(zeroconf, name), name=f"resolve {name}")
         self._resolving[name] = task
         task.add_done_callback(lambda done: self._resolving.get(name) is done and self._resolving.pop(name))
@@ -371,7 +375,9 @@ def _service(info: AsyncServiceInfo) -> Service | None:
     except ValueError:
         return None
     broker_host, ca = facts.get("broker_host") or "", facts.get("ca") or ""
-    if not broker_host.isprintable() or min(numbers.values()) < 0 or max(numbers[port] for port in _PORTS) > 65535:
+    if not (id.isprintable() and broker_host.isprintable() and min(numbers.values()) >= 0):
+        return None
+    if max(numbers[port] for port in _PORTS) > 65535 or max(numbers.values()) >= 2**53:
         return None
     if ca and not _CA.fullmatch(ca):
         return None  # neither an open cluster's nor a closed one's

@@ -19,6 +19,7 @@ from typing import Any, Self
 import numpy as np
 
 from potluck.errors import InvalidModel
+from potluck.wire.values import AXES_LIMIT
 
 Array = np.ndarray[Any, Any]
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -149,15 +150,18 @@ class Reader:
         for name, entry in header.items():
             if name == "__metadata__":
                 continue
-            spec = Spec(name, DTYPES[entry["dtype"]], tuple(int(extent) for extent in entry["shape"]))
-            start, stop = entry["data_offsets"]
-            if (
-                min(spec.shape, default=0) < 0
-                or stop - start != spec.size_bytes
-                or not 0 <= start <= stop <= size - base
+            name.encode()  # half of a surrogate pair could not be written again
+            shape, (start, stop) = entry["shape"], entry["data_offsets"]
+            if len(shape) > AXES_LIMIT or not all(
+                type(one) is int and 0 <= one < 2**53 for one in (*shape, start, stop)
             ):
+                raise ValueError(f"{name} has a shape or a place that cannot be")
+            spec = Spec(name, DTYPES[entry["dtype"]], tuple(shape))
+            if stop - start != spec.size_bytes or not start <= stop <= size - base:
                 raise ValueError(f"{name} would be outside of it")
             self.specs[name], self._offsets[name] = spec, base + start
+        if sum(spec.size_bytes for spec in self.specs.values()) > size - base:
+            raise ValueError("its tensors lie over each other")
 
 
 def save(path: Path, tensors: Iterable[tuple[str, Array]]) -> None:

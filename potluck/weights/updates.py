@@ -233,7 +233,7 @@ class UpdateReader:
             codes = found.get(f"{spec.name}.{kind}")
             if codes is None or (codes.dtype, codes.count) != (np.dtype(dtype), -(-spec.count // each)):
                 continue
-            if scale.count == -(-spec.count // BLOCK):
+            if (scale.dtype, scale.count) == (np.dtype(np.float32), -(-spec.count // BLOCK)):
                 return kind  # type: ignore[return-value]
         raise self._unfit(spec)
 

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from potluck.errors import InvalidRequest
 from potluck.wire.questions import Inferred, JobEnded
-from potluck.wire.values import Tensor
+from potluck.wire.values import AXES_LIMIT, Tensor
 from potluck.wording import counted
 
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -89,7 +89,7 @@ def to_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
     Raises InvalidRequest for an unknown datatype, for data that do not fit the shape, and for a blob reference: the caller must pull
     the blob first.
     """
-    label, data, count = tensor.name, tensor.data, math.prod(tensor.shape)
+    label, data, count = tensor.name, tensor.data, _count(tensor)
     if tensor.datatype == "BYTES":
         if not isinstance(data, list):
             raise InvalidRequest(f"tensor '{label}': BYTES data must be a list of strings")
@@ -173,8 +173,17 @@ def _as_texts(items: list[bytes]) -> list[Any]:
         return list(items)
 
 
+def _count(tensor: Tensor) -> int:
+    """How many values its shape has. Raises InvalidRequest for more than can be."""
+    if len(tensor.shape) <= AXES_LIMIT and (count := math.prod(tensor.shape)) < 2**63:
+        return count
+    raise InvalidRequest(
+        f"tensor '{tensor.name}': it cannot have shape {list(tensor.shape[:9])}{'...' if len(tensor.shape) > 9 else ''}: that is too large"
+    )
+
+
 def _shaped(array: np.ndarray[Any, Any], tensor: Tensor) -> np.ndarray[Any, Any]:
-    count = math.prod(tensor.shape)
+    count = _count(tensor)
     if array.size != count:
         raise InvalidRequest(
             f"tensor '{tensor.name}': shape {list(tensor.shape)} needs {counted(count, 'value')}, but data has {array.size:,}"
@@ -196,10 +205,20 @@ def _has_text(data: list[Any]) -> bool:
 
 
 def _flatten(data: list[Any]) -> list[Any]:
-    """Everything in the list and the lists inside it, in order, at any depth."""
-    while any(isinstance(item, list) for item in data):
-        data = [part for item in data for part in (item if isinstance(item, list) else [item])]
-    return data
+    """Everything in the list and the lists inside it, in order, at any depth. Each item is looked at once."""
+    if list not in set(map(type, data)):
+        return data
+    found: list[Any] = []
+    open_lists = [iter(data)]
+    while open_lists:
+        for item in open_lists[-1]:
+            if isinstance(item, list):
+                open_lists.append(iter(item))
+                break
+            found.append(item)
+        else:
+            open_lists.pop()
+    return found
 
 
 def shape_text(shape: Sequence[int | None]) -> str:

@@ -32,6 +32,11 @@ Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Count = Annotated[int, Meta(ge=0, le=2**53)]
 """At most what JavaScript holds: sums of counts then fit into the 64 bits of msgpack."""
 Positive = Annotated[int, Meta(ge=1, le=2**53)]
+AXES_LIMIT = 64
+"""How many axes a tensor may have: numpy has no more."""
+Shape = Annotated[tuple[Count, ...], Meta(max_length=AXES_LIMIT)]
+FreeShape = Annotated[tuple[Annotated[int, Meta(ge=-1, le=2**53)], ...], Meta(max_length=AXES_LIMIT)]
+"""-1: an axis of any length."""
 Seconds = Annotated[float, Meta(ge=0)]
 UnixTime = Annotated[float, Meta(ge=0, le=1e11)]
 """0: unknown."""
@@ -71,7 +76,7 @@ class Tensor(Part, frozen=True):
 
     name: str
     datatype: str
-    shape: tuple[Count, ...]
+    shape: Shape
     data: bytes | list[Any] | BlobRef
 
 
@@ -80,7 +85,7 @@ class TensorSpec(Part, frozen=True):
 
     name: str
     datatype: str
-    shape: tuple[int, ...]
+    shape: FreeShape
 
 
 class Signature(Part, frozen=True):

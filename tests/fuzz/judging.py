@@ -21,7 +21,8 @@ class Target:
     """A decoder with its promises. `run` decodes, checks what must hold of the result, and raises nothing but `refuses`.
 
     An input of n bytes may take `seconds + n * seconds_each` of the processor's time, and raise the memory of the process by
-    `peak_bytes + n * peak_each`. `needs`: modules that must be importable.
+    `peak_bytes + n * peak_each`. `needs`: modules that must be importable. `slow`: it takes
+    seconds to begin, and is left out of short runs.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Target:
     peak_bytes: int = 64 * 2**20
     peak_each: int = 256
     needs: tuple[str, ...] = ()
+    slow: bool = False
 
 
 class Broken(AssertionError):

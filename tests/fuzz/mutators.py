@@ -183,7 +183,7 @@ def of_zip(inner: dict[str, Mutate]) -> Mutate:
         try:
             with zipfile.ZipFile(io.BytesIO(data)) as archive:
                 members = [(info, archive.read(info)) for info in archive.infolist() if info.file_size < 2**20]
-        except Exception:  # whatever is wrong with it
+        except Exception:  # noqa: BLE001 - whatever is wrong with it
             members = []
         if not members or rng.random() < 0.2:
             return mutated(data, most)
@@ -206,7 +206,7 @@ def of_zip(inner: dict[str, Mutate]) -> Mutate:
                             case _:
                                 content = change(content, most, seed)
                     archive.writestr(info, content)
-        except Exception:  # names that zip files cannot have
+        except Exception:  # noqa: BLE001 - names that zip files cannot have
             return mutated(data, most)
         found = buffer.getvalue()
         return found if len(found) <= most else mutated(data, most)

@@ -202,5 +202,5 @@ TARGETS = (
     Target("plain_arrays", plain_arrays, OURS, plains, mutators.in_parts(mutators.plain, mutators.of_json)),
     Target("form", form, OURS, forms_made, mutators.in_parts(mutators.plain, mutators.plain)),
     Target("inflated", inflated, OURS, bodies, mutators.plain),
-    Target("posted", posted, OURS, files, mutators.in_parts(mutators.plain, mutators.of_png)),
+    Target("posted", posted, OURS, files, mutators.in_parts(mutators.plain, mutators.of_png), peak_bytes=2**30),
 )

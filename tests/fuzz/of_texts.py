@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from fuzz import mutators
@@ -11,7 +13,8 @@ from fuzz.judging import Target, hold
 from fuzz.of_files import file_of
 
 from potluck import settings_sources
-from potluck.errors import InvalidSettings
+from potluck.errors import InvalidRequest, InvalidSettings
+from potluck.security import certificates
 from potluck.settings import CoordinatorSettings, NodeSettings
 from potluck.toml_lines import lines_of_keys
 
@@ -40,6 +43,43 @@ def toml_lines(data: bytes) -> None:
     hold({keys[0] for keys in lines} == set(table), "each key at the top has a line")
 
 
+def certificate(data: bytes) -> None:
+    """A certificate or a signing request from somebody who wants to join."""
+    taken = []
+    for read in (certificates.read, certificates.requested_key, _checked):
+        try:
+            taken.append(read(data))
+        except InvalidRequest as error:
+            refused = error
+    if not taken:
+        raise refused
+
+
+def _checked(data: bytes) -> certificates.Certificate:
+    found = certificates.check(data, _ca(), NOW)
+    hold(found.public_key and found.fingerprint, "a certificate has a key")
+    return found
+
+
+NOW = 1_800_000_000.0
+
+
+@cache
+def _key() -> bytes:
+    return certificates.new_key()
+
+
+@cache
+def _ca() -> bytes:
+    return certificates.make_ca(_key(), "home", "1" * 16, NOW, b"\1" * 16)
+
+
+def certificates_made() -> Iterator[bytes]:
+    yield _ca()
+    yield certificates.signing_request(certificates.new_key())
+    yield base64.b64decode("".join(_ca().decode().splitlines()[1:-1]))
+
+
 def documents() -> Iterator[bytes]:
     for path in sorted(CONFIGS.rglob("*.toml")):
         yield path.read_bytes()
@@ -51,5 +91,6 @@ def documents() -> Iterator[bytes]:
 OURS = (InvalidSettings,)
 TARGETS = (
     Target("settings", settings, OURS, documents, mutators.plain),
+    Target("certificate", certificate, (InvalidRequest,), certificates_made, mutators.plain, needs=("cryptography",)),
     Target("toml_lines", toml_lines, OURS, documents, mutators.plain),
 )

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import os
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -22,7 +24,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 ROOT = Path(__file__).resolve().parents[2]
 FOUND = ROOT / "tests" / "fuzz" / "found"
 KEPT = ROOT / ".fuzz"
-LENGTH = 1 << 14
+LENGTH = 1 << 15
 """The largest input in bytes. What is slow or large shows by its ratio to the input's size."""
 SLOWER = 8.0
 """Code that counts its branches is slower than the time that a target may take."""
@@ -30,6 +32,7 @@ HANGS_SECONDS = 60
 MEMORY_BYTES = 6 * 2**30
 """Address space beyond what the process has at its start."""
 LEAST_SECONDS = 1
+SLOW_FROM_SECONDS = 300
 
 
 def main() -> int:
@@ -51,7 +54,13 @@ def main() -> int:
     if unknown:
         print(f"no such targets: {', '.join(sorted(unknown))}; there are {', '.join(TARGETS)}")
         return 2
-    chosen = arguments.only or list(TARGETS)
+    chosen = arguments.only or [
+        name for name, target in TARGETS.items() if not target.slow or arguments.seconds >= SLOW_FROM_SECONDS
+    ]
+    there = [name for name in chosen if all(map(_is_there, TARGETS[name].needs))]
+    for name in sorted(set(chosen) - set(there)):
+        print(f"{name}: left out, as {', '.join(TARGETS[name].needs)} are not here")
+    chosen = there
     each = max(LEAST_SECONDS, arguments.seconds / len(chosen))
     failed = [name for name in chosen if not _fuzzed(name, each, arguments.memory)]
     if failed:
@@ -93,6 +102,10 @@ def _fuzzed(name: str, seconds: float, memory: int) -> bool:
     return fine and not new
 
 
+def _is_there(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
 def _files(folder: Path) -> list[Path]:
     return [path for path in folder.glob("*") if path.is_file()] if folder.is_dir() else []
 
@@ -117,8 +130,14 @@ def _fuzz(name: str, seconds: float, memory: int) -> None:
 
     target = TARGETS[name]
     corpus, seeds = KEPT / name / "corpus", KEPT / name / "seeds"
+    shutil.rmtree(seeds, ignore_errors=True)
     for folder in (corpus, seeds):
         folder.mkdir(parents=True, exist_ok=True)
+    if target.slow:  # the engine's code is imported only here: a process that forks must not have started TensorFlow
+        with atheris.instrument_imports(include=["node"], enable_loader_override=False):
+            list(target.seeds())
+            import node.engine.keras_models
+            import node.engine.vetting  # noqa: F401
     for data in target.seeds():
         (seeds / hashlib.sha256(data).hexdigest()[:16]).write_bytes(data)
     resource.setrlimit(resource.RLIMIT_AS, (_address_space() + memory,) * 2)

@@ -19,7 +19,7 @@ def _plain(kind: inspect.Type, full: bool) -> Any:
     match kind:
         case inspect.Metadata(type=inner):
             return _plain(inner, full)
-        case inspect.StructType(cls=cls, tag_field=field, tag=tag):
+        case inspect.StructType(tag_field=field, tag=tag):
             found = {} if field is None else {field: tag}
             for one in kind.fields:
                 if one.required or full:

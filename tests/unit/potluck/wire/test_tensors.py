@@ -82,7 +82,9 @@ def test_nested_lists_are_welcome() -> None:
         ("FLOAT", (1,), [1.0], "unknown datatype 'FLOAT'"),
         ("BYTES", (1,), b"a", "must be a list of strings"),
         ("FP32", (1,), BlobRef(sha256="a" * 64, size=4), "is a blob"),
-        ("FP32", (2**40, 2**40), b"", "but data has 0"),
+        ("FP32", (2**40, 2**40), b"", "too large"),
+        ("FP32", (2**53,) * 400, b"", "too large"),
+        ("FP32", (0,) * 70, [], "too large"),
     ],
 )
 def test_data_that_does_not_fit_is_named(datatype: str, shape: tuple[int, ...], data: Any, told: str) -> None:
