@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
+
 from fuzz import mutators
 from fuzz.judging import Target, hold
 from fuzz.records import example, written
-from PIL import Image
-
 from node.engine import archives, shards
 from node.engine.shards import ShardPart
 from potluck import savedmodels

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import msgspec
-from fuzz import mutators
-from fuzz.judging import Target, hold
 
 from coordinator.gateway import binary, forms, inferring, json_arrays, tensorflow_inputs
 from coordinator.gateway import plain as plain_routes
 from coordinator.gateway.bodies import _Inflate, decoded, plain
 from coordinator.gateway.open_inference import IndexRequest
+from fuzz import mutators
+from fuzz.judging import Target, hold
 from potluck.errors import InvalidData, InvalidRequest
 from potluck.wire.questions import ModelInfo
 from potluck.wire.tensors import packed, to_numpy

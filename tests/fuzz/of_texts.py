@@ -11,7 +11,6 @@ from pathlib import Path
 from fuzz import mutators
 from fuzz.judging import Target, hold
 from fuzz.of_files import file_of
-
 from potluck import settings_sources
 from potluck.errors import InvalidRequest, InvalidSettings
 from potluck.security import certificates

@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from fuzz import mutators
-from fuzz.judging import Target, hold
-from fuzz.samples import sample
 from zeroconf import ServiceInfo
 
 from coordinator.plans.events import AnyEvent
 from coordinator.registry import AnyRegistryEvent
 from coordinator.serving.inputs import as_sent, batched, rows_of
 from coordinator.serving.records import AnyDeploymentEvent
+from fuzz import mutators
+from fuzz.judging import Target, hold
+from fuzz.samples import sample
 from node.engine import frames
 from potluck.bus import packets
 from potluck.bus.properties import mirror

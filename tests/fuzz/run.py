@@ -125,6 +125,7 @@ def _crashes(name: str) -> str:
 def _fuzz(name: str, seconds: float, memory: int) -> None:
     """In the forked process: fuzz, and never return."""
     import atheris
+
     from fuzz.judging import Broken, judge
     from fuzz.targets import TARGETS
 
