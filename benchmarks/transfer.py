@@ -27,6 +27,7 @@ from report import OtherLoad, Report
 
 from potluck.blobs import server
 from potluck.blobs.download import Downloader
+from potluck.blobs.rights import OPEN
 from potluck.blobs.store import BlobStore
 from potluck.credentials import Credentials
 from potluck.lifecycle import die_with_parent
@@ -68,7 +69,7 @@ async def serve(store: Path, member: Path) -> None:
     async with AsyncExitStack() as stack:
         for credentials in (Credentials.of("node", "holder"), Credentials.load(member, "node")):
             sock = socket.create_server(("127.0.0.1", 0))
-            routes = [*server.routes(blobs, writable=False, max_bytes=0), web.get("/used", used)]
+            routes = [*server.routes(blobs, writable=False, max_bytes=0, rights=OPEN), web.get("/used", used)]
             await stack.enter_async_context(serve_http(sock, routes, credentials))
             urls += base_urls("127.0.0.1", sock.getsockname()[1], credentials.scheme)
         print(json.dumps(urls), flush=True)

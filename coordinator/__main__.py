@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 
-from coordinator.daemon import Coordinator
+from coordinator.daemon import CHANGEABLE, Coordinator
 from potluck import __version__, daemons, lifecycle
 from potluck.reloading import Reloading
 from potluck.settings import GATEWAY_PORT, CoordinatorSettings
@@ -49,7 +49,7 @@ async def serve(settings: CoordinatorSettings) -> None:
     loop = asyncio.get_running_loop()
     stop = lifecycle.stop_event(loop)
     coordinator = Coordinator(settings)
-    Reloading(settings, read, coordinator.take).on_hangup(loop)
+    Reloading(settings, read, coordinator.take, CHANGEABLE).on_hangup(loop)
     await coordinator.run(stop)
 
 

@@ -15,7 +15,7 @@ _ALL_BLOBS = ("node", "coordinator")
 
 class BlobRights:
     """Nodes and coordinators may get every blob. Users and operators may get what the registry names, what jobs made, and what they
-    have put there themselves. They alone may put blobs.
+    have put there themselves. They alone may put blobs; how many, the store knows (its `quota_bytes`).
 
     `named`: whether the registry names a blob; `results`: those of all jobs that are remembered; `sent`: whether this member (the second)
     has sent a blob that has no name yet. How much one may send is for the store to say.

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
+from coordinator.blob_rights import BlobRights
 from coordinator.callers import Callers
 from coordinator.control import Control
 from coordinator.copies.locations import Holders
@@ -42,9 +43,10 @@ from coordinator.serving.bus_requests import BusRequests
 from coordinator.serving.endpoints import OneNode
 from coordinator.serving.inference import Inference
 from coordinator.serving.serving import Serving
-from potluck import __version__, lifecycle
+from potluck import __version__, lifecycle, reloading
 from potluck.blobs import server as blob_server
 from potluck.blobs.download import Downloader
+from potluck.blobs.rights import OPEN, Rights
 from potluck.blobs.store import BlobStore
 from potluck.bus.filters import matches
 from potluck.bus.mqtt import Addresses, Envelope, MqttBus, Will, in_turn
@@ -86,6 +88,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+CHANGEABLE = reloading.ALL | {"client_quota_bytes"}
+"""The settings that can change while it runs."""
+
 DRAIN_SECONDS = 5.0
 """How long a stop may wait until the requests that were taken are answered."""
 TICK_SECONDS = 0.5
@@ -123,10 +128,11 @@ class Coordinator:
         self._closed: Closed | None = None
 
     def take(self, settings: CoordinatorSettings) -> None:
-        """Take over what `potluck.reloading.ALL` names."""
+        """Take over what CHANGEABLE names."""
         self.settings = settings
         if self._store is not None:
             self._store.limit_bytes = settings.blob_limit_bytes
+            self._store.quota_bytes = settings.client_quota_bytes
 
     async def run(self, stop: asyncio.Event) -> None:
         """Start, say ready, serve until `stop`, and stop in reverse order."""
@@ -135,7 +141,9 @@ class Coordinator:
             tell_lock = stack.enter_context(sole_use(self.folder, "coordinator", settings.cluster))
             journal = Journal(self.folder / "journal.sqlite")
             stack.callback(journal.close)
-            store = self._store = BlobStore(self.folder / "blobs", self.settings.blob_limit_bytes)
+            store = self._store = BlobStore(
+                self.folder / "blobs", settings.blob_limit_bytes, quota_bytes=settings.client_quota_bytes
+            )
             self._membership = Membership(settings.node_timeout_seconds)
             closed = self._closed = self._found(journal)
             callers = None if closed is None else Callers(closed.role_of, closed.bearer)
@@ -188,7 +196,7 @@ class Coordinator:
             self._outbox = Outbox(bus, before=journal.flush)
             holders = Holders(self._membership, urls)
             registry = Registry(journal)
-            Keeping(registry, store)
+            keeping = Keeping(registry, store)
             self._copies = Copies(
                 registry=registry,
                 store=store,
@@ -312,8 +320,16 @@ class Coordinator:
                     running.append(tasks.create_task(closed.rules.run(), name="rules"))
                     running.append(tasks.create_task(closed.keep_certificates(), name="certificates"))
                 shelf = Shelf(store, downloader, urls, settings.http_body_limit_bytes)
+                rights: Rights = OPEN
+                if closed is not None:
+                    rights = BlobRights(
+                        closed.role_of,
+                        named=keeping.names,
+                        results=lambda: [job.ended for job in jobs.jobs.values() if job.ended is not None],
+                        sent=store.sent,
+                    )
                 routes = [
-                    *blob_server.routes(store, writable=True, max_bytes=UPLOAD_LIMIT_BYTES),
+                    *blob_server.routes(store, writable=True, max_bytes=UPLOAD_LIMIT_BYTES, rights=rights),
                     *gateway.routes(
                         control,
                         self._serving,

@@ -21,6 +21,7 @@ from aiohttp import web
 from potluck.blobs import server
 from potluck.blobs.download import Downloader
 from potluck.blobs.parts import Timings
+from potluck.blobs.rights import Rights
 from potluck.blobs.store import BlobStore, is_made_up
 from potluck.credentials import Credentials
 from potluck.errors import CorruptBlob, InputsLost, PotluckError, Unavailable
@@ -67,9 +68,9 @@ class Inputs:
     ) -> None:
         await self._stack.aclose()
 
-    def routes(self, refusal: Callable[[], PotluckError | None]) -> list[web.RouteDef]:
+    def routes(self, refusal: Callable[[], PotluckError | None], rights: Rights) -> list[web.RouteDef]:
         """`/inputs`, for the node's HTTP server."""
-        return server.inputs_routes(self.store, max_bytes=INPUT_BLOB_LIMIT_BYTES, refusal=refusal)
+        return server.inputs_routes(self.store, max_bytes=INPUT_BLOB_LIMIT_BYTES, refusal=refusal, rights=rights)
 
     async def run(self) -> None:
         """Delete old inputs, until cancelled."""

@@ -29,6 +29,8 @@ class Keeping:
             )
         for sha256 in wanted - self._pinned:
             self._store.pin(sha256)
+            self._store.named(sha256)
         for sha256 in self._pinned - wanted:
             self._store.unpin(sha256)
+            self._store.unnamed(sha256)
         self._pinned = wanted

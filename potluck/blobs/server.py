@@ -12,11 +12,13 @@ from contextlib import nullcontext
 
 from aiohttp import hdrs, web
 
+from potluck.blobs.rights import Rights
 from potluck.blobs.sending import FileAnswer
 from potluck.blobs.store import BlobStore, NewFile, is_sha256, made_up_name
 from potluck.errors import DiskFull, InvalidRequest, NotFound, PotluckError, TooLarge
 from potluck.logs import fields
 from potluck.net.http import TOO_SLOW, Patience, caller_of, media_type
+from potluck.net.peers import asker
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +30,9 @@ _IMMUTABLE = {hdrs.CONTENT_TYPE: _OCTETS, hdrs.CACHE_CONTROL: "max-age=31536000,
 _UPLOADS_LIMIT = 32
 """Uploads of inputs at a time. An incomplete upload does not count towards any other limit."""
 _UPLOADS_EACH = 16
-"""Uploads of inputs from one address at a time."""
+"""Uploads of inputs from one sender at a time."""
+_NO_INPUTS = "these inputs are not here: they were used, or not for a long time"
+_MAY_NOT_PUT = "you may not send blobs here: this needs a client with the role user or operator"
 _ADD_BYTES = 1 << 20
 """How much is hashed and written at a time: a thread for each small piece would take longer than the work."""
 _QUICK_SECONDS = 0.1
@@ -36,10 +40,15 @@ _QUICK_SECONDS = 0.1
 
 
 def routes(
-    store: BlobStore, *others: BlobStore, writable: bool, max_bytes: int, idle_seconds: float = IDLE_SECONDS
+    store: BlobStore,
+    *others: BlobStore,
+    writable: bool,
+    max_bytes: int,
+    rights: Rights,
+    idle_seconds: float = IDLE_SECONDS,
 ) -> list[web.RouteDef]:
     """Routes for an aiohttp application. `GET` answers Range requests (RFC 9110, 14) and sends the hash as ETag. A blob that is
-    not in `store` is looked for in `others`.
+    not in `store` is looked for in `others`. One that the caller has no right to is not there for them: nobody learns which there are.
 
     `PUT` takes at most `max_bytes`, and keeps only bytes with the hash in their name. The sender is logged. With
     `Expect: 100-continue`, an unwanted blob is refused before it is sent.
@@ -47,16 +56,18 @@ def routes(
 
     async def get(request: web.Request) -> web.StreamResponse:
         sha256 = request.match_info["sha256"]
+        if not rights.allowed(asker(request), sha256):
+            return _not_here(sha256)
         try:
             path = next((one for one in others if one.has(sha256)), store).path(sha256)
-        except NotFound as error:
-            return _problem(404, error.message)
+        except NotFound:
+            return _not_here(sha256)
         if any(tag.value in (sha256, "*") for tag in request.if_none_match or ()):
             return web.Response(status=304, headers={hdrs.ETAG: f'"{sha256}"'})
         try:
             return await FileAnswer(headers=_IMMUTABLE | {hdrs.ETAG: f'"{sha256}"'}).send(request, path)
         except FileNotFoundError:  # deleted just now
-            return _problem(404, f"there is no blob {sha256[:12]} here")
+            return _not_here(sha256)
 
     def settled(request: web.Request) -> web.Response | None:
         """The answer, if it does not depend on the bytes."""
@@ -65,15 +76,21 @@ def routes(
             return _problem(400, "a blob is named by its SHA-256: 64 lower-case hexadecimal digits")
         if (problem := _wrong_caller(request)) is not None:
             return problem
+        caller, size = asker(request), request.content_length or 0
+        if not rights.may_put(caller, size):
+            return _problem(403, _MAY_NOT_PUT)
         if _is_encoded(request):
             return _encoded()
-        if store.has(sha256):
+        if rights.allowed(caller, sha256) and store.has(
+            sha256
+        ):  # otherwise it is taken again: nobody learns that it is here
             store.path(sha256)  # it counts as used now: its sender will soon name it
             return web.Response(status=200)
-        if (request.content_length or 0) > max_bytes:
+        if size > max_bytes:
             return _too_large(max_bytes)
         try:
-            store.check_room(request.content_length or 0)
+            store.check_room(size)
+            store.check_quota(_sender(request), size)
         except DiskFull as error:
             return _problem(507, error.message)
         return None
@@ -105,6 +122,7 @@ def inputs_routes(
     *,
     max_bytes: int,
     refusal: Callable[[], PotluckError | None],
+    rights: Rights,
     idle_seconds: float = IDLE_SECONDS,
 ) -> list[web.RouteDef]:
     """`POST /inputs` takes bytes and does not hash them; the answer has a made-up name for them. While there is a `refusal`,
@@ -112,22 +130,24 @@ def inputs_routes(
     """
 
     uploads: Counter[str] = Counter()
-    """Uploads under way, by address."""
+    """Uploads under way, by sender."""
 
     async def post(request: web.Request) -> web.StreamResponse:
         if media_type(request) != _OCTETS:  # a page in a browser cannot send this type unasked: fetch standard, 2.2.2
             return _problem(415, f"inputs are sent as {_OCTETS}")
         if (problem := _wrong_caller(request)) is not None:
             return problem
+        if not rights.may_put(asker(request), request.content_length or 0):
+            return _problem(403, _MAY_NOT_PUT)
         if _is_encoded(request):
             return _encoded()
         if (reason := refusal()) is not None:
             return _problem(503, reason.message)
         if (request.content_length or 0) > max_bytes:
             return _too_large(max_bytes)
-        peer = request.remote or ""
+        peer = _sender(request)
         if uploads[peer] >= _UPLOADS_EACH:
-            return _problem(503, f"{_UPLOADS_EACH} uploads from your address are under way")
+            return _problem(503, f"{_UPLOADS_EACH} uploads of yours are under way")
         if uploads.total() >= _UPLOADS_LIMIT:
             return _problem(503, f"{_UPLOADS_LIMIT} uploads are under way")
         uploads[peer] += 1
@@ -139,10 +159,12 @@ def inputs_routes(
                 del uploads[peer]
 
     async def get(request: web.Request) -> web.StreamResponse:
+        if not rights.allowed(asker(request), request.match_info["name"]):
+            return _problem(404, _NO_INPUTS)
         try:
             ref = await asyncio.to_thread(store.put_file, store.path(request.match_info["name"]))
         except (NotFound, FileNotFoundError):
-            return _problem(404, "these inputs are not here: they were used, or not for a long time")
+            return _problem(404, _NO_INPUTS)
         except DiskFull as error:
             return _problem(507, error.message)
         return web.json_response({"sha256": ref.sha256, "size": ref.size})
@@ -156,7 +178,7 @@ async def _received(
     """Store the body and answer 201, or answer an error. The body must have the hash `wanted`; None: it gets a made-up name."""
     digest = None if wanted is None else hashlib.sha256()
     try:
-        peer = request.remote or ""
+        peer = _sender(request)
         with store.new_file() as file, store.receiving(peer) if wanted else nullcontext(_nothing) as coming:
             size = await _receive(request, file, digest, max_bytes, idle_seconds, coming)
             if digest is not None and digest.hexdigest() != wanted:
@@ -165,7 +187,9 @@ async def _received(
             store.adopt(file.path, name)
             if wanted is not None:
                 store.uploaded(name, peer)
-                log.info("blob taken %s", fields(blob=name[:12], size=size, caller=caller_of(request), peer=peer))
+                log.info(
+                    "blob taken %s", fields(blob=name[:12], size=size, caller=caller_of(request), peer=request.remote)
+                )
     except TooLarge:
         return _too_large(max_bytes)
     except DiskFull as error:
@@ -239,6 +263,15 @@ def _wrong_caller(request: web.Request) -> web.Response | None:
     except InvalidRequest as error:
         return _problem(400, error.message)
     return None
+
+
+def _sender(request: web.Request) -> str:
+    """For whom an upload counts: an identity that is proven, or else an address."""
+    return asker(request) or request.remote or ""
+
+
+def _not_here(sha256: str) -> web.Response:
+    return _problem(404, f"there is no blob {sha256[:12]} here")
 
 
 def _is_encoded(request: web.Request) -> bool:

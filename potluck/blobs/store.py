@@ -15,14 +15,15 @@ import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import IO
 
 from potluck.blobs.partial import CHUNKS_SUFFIX, PARTIAL_PREFIX, Partial
-from potluck.blobs.room import UNUSED_SECONDS, UPLOADS_SHARE, Disk, Uploads, Usage
+from potluck.blobs.room import UNUSED_SECONDS, UPLOADS_EACH, UPLOADS_SHARE, Disk, Uploads, Usage
 from potluck.errors import CorruptBlob, DiskFull, InvalidRequest, NotFound
 from potluck.logs import fields
+from potluck.wire.identities import is_identity
 from potluck.wire.values import BlobRef
 
 log = logging.getLogger(__name__)
@@ -34,19 +35,20 @@ _NEW_PREFIX = "new-"
 _READ_BYTES = 1 << 20
 _PARTIAL_SECONDS = 24 * 3600.0
 _PARTIALS_KEPT = 8
+_BLOCK_BYTES = 512
+"""In which `stat` counts, on every file system."""
 
 
 class NewFile:
     """A file in the store's folder that is not a blob yet. Raises DiskFull."""
 
-    def __init__(self, path: Path, file: IO[bytes], clear: Callable[[int], None]) -> None:
+    def __init__(self, path: Path, file: IO[bytes], growing: Callable[[int], AbstractContextManager[None]]) -> None:
         self.path = path
         self._file = file
-        self._clear = clear
+        self._growing = growing
 
     def write(self, data: bytes) -> None:
-        self._clear(len(data))
-        with no_room():
+        with self._growing(len(data)), no_room():
             self._file.write(data)
 
     def flush(self) -> None:
@@ -69,18 +71,27 @@ class BlobStore:
         folder: Path,
         limit_bytes: int,
         *,
+        quota_bytes: int = 0,
         usage: Callable[[Path], Usage] = shutil.disk_usage,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Take over the blobs in `folder`, and remove unfinished files of a killed process."""
+        """Take over the blobs in `folder`, and remove unfinished files of a killed process.
+
+        `quota_bytes`: most that unused uploads of one sender may hold; 0: half of the room, and one that comes alone may take all.
+        """
         self.folder = folder
         self.limit_bytes = limit_bytes
+        self.quota_bytes = quota_bytes
         self._lock = threading.RLock()
         self._sizes: OrderedDict[str, int] = OrderedDict()
         """Sizes by hash, the least used first."""
         self._total = 0
+        self._being_written = 0
+        """Bytes that threads write just now: the disk may not count them yet."""
         self._pins: Counter[str] = Counter()
-        self._partials_open: set[str] = set()
+        self._named: set[str] = set()
+        self._partials_open: dict[str, int] = {}
+        """Sizes of the blobs that are being fetched, by hash."""
         self._disk = Disk(folder, usage)
         self._uploads = Uploads(clock)
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -232,7 +243,7 @@ class BlobStore:
         """Keep the blob until it is unpinned as often as it was pinned. It need not be here yet."""
         with self._lock:
             self._pins[sha256] += 1
-            self._uploads.forget(sha256)
+            self._uploads.used(sha256)
 
     def unpin(self, sha256: str) -> None:
         with self._lock:
@@ -263,7 +274,7 @@ class BlobStore:
         path = Path(name)
         try:
             with os.fdopen(descriptor, "wb") as file:
-                yield NewFile(path, file, self.clear)
+                yield NewFile(path, file, self._growing)
         finally:
             path.unlink(missing_ok=True)
 
@@ -278,7 +289,7 @@ class BlobStore:
         if not partial.path.exists():
             self.clear(ref.size)
         with self._lock:
-            self._partials_open.add(ref.sha256)
+            self._partials_open[ref.sha256] = ref.size
         try:
             with no_room():
                 partial.open()
@@ -288,7 +299,7 @@ class BlobStore:
             raise
         finally:
             with self._lock:
-                self._partials_open.discard(ref.sha256)
+                self._partials_open.pop(ref.sha256, None)
                 if partial.path.exists():
                     self._sweep_partials(kept=_PARTIALS_KEPT)
 
@@ -296,7 +307,7 @@ class BlobStore:
         """Raises DiskFull if `size` bytes do not fit beside the pinned blobs, even with all others removed."""
         with self._lock:
             pinned = sum(self._sizes.get(sha256, 0) for sha256 in self._pins)
-            left = self._disk.spare() + self._total - pinned
+            left = self._spare() + self._total - pinned
         if pinned + size > self.limit_bytes:
             raise DiskFull(
                 f"a blob of {size} bytes does not fit beside the {pinned} bytes in use (limit {self.limit_bytes}): "
@@ -308,7 +319,19 @@ class BlobStore:
     def clear(self, size: int) -> None:
         """Make `size` bytes free on the disk, besides the reserve, for a file to be written. Raises DiskFull."""
         with self._lock:
-            self._evict(size - self._disk.spare())
+            self._evict(size - self._spare())
+
+    @contextmanager
+    def _growing(self, size: int) -> Iterator[None]:
+        """`clear`, for a file that grows by `size` bytes within the block. Others that grow at the same time are counted, too."""
+        with self._lock:
+            self._evict(size - self._spare())
+            self._being_written += size
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._being_written -= size
 
     def shortage(self) -> str:
         """Why no more blobs can be taken; "": they can."""
@@ -320,25 +343,14 @@ class BlobStore:
 
     @contextmanager
     def receiving(self, peer: str) -> Iterator[Callable[[int], None]]:
-        """For an upload from this address: call the function with each piece's size before it is written. It raises DiskFull if
-        unused uploads from there take too much. Call `uploaded` when the upload is complete."""
+        """For an upload from this sender, an identity or an address: call the function with each piece's size before it is written.
+        It raises DiskFull if unused uploads from there take too much. Call `uploaded` when the upload is complete."""
         coming = 0
 
         def more(size: int) -> None:
             nonlocal coming
             with self._lock:
-                most = UPLOADS_SHARE * min(self.limit_bytes, self._total + max(0, self._disk.spare()))
-                if self._uploads.held(peer) + size > most:
-                    for sha256 in self._uploads.unused(peer):
-                        self.delete(sha256)
-                if self._uploads.held(peer) + size > most:
-                    if self._uploads.held(peer) == coming:  # it is the only upload, and may take all the room
-                        self.check_room(coming + size)
-                    else:
-                        raise DiskFull(
-                            f"{self._uploads.held(peer)} bytes were sent from {peer} that no job and no name uses yet, and half of the room is "
-                            f"for such: use them, or wait {UNUSED_SECONDS / 60:g} minutes"
-                        )
+                self._check_quota(peer, coming, size)
                 self._uploads.coming(peer, size)
                 coming += size
 
@@ -348,11 +360,62 @@ class BlobStore:
             with self._lock:
                 self._uploads.coming(peer, -coming)
 
-    def uploaded(self, sha256: str, peer: str) -> None:
-        """Note that `peer` sent this blob. It counts as unused until it is pinned."""
+    def check_quota(self, peer: str, size: int) -> None:
+        """Raises DiskFull if this sender may not send a blob of `size` bytes now."""
         with self._lock:
-            if sha256 in self._sizes and not self._pins[sha256]:
-                self._uploads.add(sha256, peer, self._sizes[sha256])
+            self._check_quota(peer, 0, size)
+
+    def _check_quota(self, peer: str, coming: int, size: int) -> None:
+        """`coming`: bytes of the same blob that are counted already."""
+        uploads = self._uploads
+        most = self.quota_bytes or UPLOADS_SHARE * min(self.limit_bytes, self._total + max(0, self._spare()))
+
+        def too_much() -> bool:
+            return uploads.held(peer) + size > most or uploads.count(peer) >= UPLOADS_EACH
+
+        if too_much():
+            for sha256 in uploads.unused(peer):
+                self.delete(sha256)
+        if not too_much():
+            return
+        if not self.quota_bytes and uploads.held(peer) == coming:  # it is the only upload, and may take all the room
+            self.check_room(coming + size)
+            return
+        many = uploads.count(peer) >= UPLOADS_EACH
+        held = f"{uploads.count(peer)} blobs" if many else f"{uploads.held(peer)} bytes"
+        share = f"{self.quota_bytes} bytes are" if self.quota_bytes else "half of the room is"
+        raise DiskFull(
+            f"{held} were sent from {peer} that no job and no name uses yet, and {'no more may be' if many else share} for such: "
+            f"use them, or wait {UNUSED_SECONDS / 60:g} minutes"
+        )
+
+    def uploaded(self, sha256: str, peer: str) -> None:
+        """Note that `peer` sent this blob. From an address, it counts as unused until it is pinned; from an identity, until it is named."""
+        with self._lock:
+            lasting = is_identity(peer)
+            if sha256 in self._sizes and sha256 not in self._named and (lasting or not self._pins[sha256]):
+                self._uploads.add(sha256, peer, self._sizes[sha256], lasting=lasting)
+
+    def named(self, sha256: str) -> None:
+        """The blob has a name in the registry: it counts for nobody's quota any more."""
+        with self._lock:
+            self._named.add(sha256)
+            self._uploads.forget(sha256)
+
+    def unnamed(self, sha256: str) -> None:
+        """The blob has no name any more."""
+        with self._lock:
+            self._named.discard(sha256)
+
+    def sent(self, sha256: str, peer: str) -> bool:
+        """Whether `peer` sent this blob since this process began, and it has no name yet."""
+        with self._lock:
+            return self._uploads.sent(sha256, peer)
+
+    def held(self, peer: str) -> int:
+        """Bytes that `peer` has sent or sends now, and that nothing has used yet."""
+        with self._lock:
+            return self._uploads.held(peer)
 
     def _move(self, path: Path, sha256: str, size: int) -> BlobRef:
         if self.has(sha256):
@@ -381,7 +444,7 @@ class BlobStore:
         over = self._total + size - self.limit_bytes
         if over > 0:
             self.check_room(size)
-        self._evict(max(over, -self._disk.spare()))
+        self._evict(max(over, -self._spare()))
 
     def _evict(self, size: int) -> None:
         """Remove `size` bytes of blobs that are not pinned, or none. Raises DiskFull."""
@@ -396,6 +459,17 @@ class BlobStore:
             gone = self._sizes.get(sha256, 0)
             if self.delete(sha256):
                 size -= gone
+
+    def _spare(self) -> int:
+        """Bytes that may still be written, less those that files here will take although the disk does not count them yet."""
+        spare = self._disk.spare() - self._being_written
+        for sha256, size in self._partials_open.items():
+            try:
+                taken = (self.folder / f"{PARTIAL_PREFIX}{sha256}").stat().st_blocks * _BLOCK_BYTES
+            except FileNotFoundError:
+                taken = 0
+            spare -= max(0, size - taken)
+        return spare
 
     def _forget(self, sha256: str) -> None:
         self._total -= self._sizes.pop(sha256)

@@ -21,6 +21,7 @@ from aiohttp.typedefs import Middleware
 from potluck.credentials import Credentials
 from potluck.errors import InvalidRequest
 from potluck.logs import SeldomFilter, fields
+from potluck.net.peers import asker, is_secured
 from potluck.settings import HttpSettings
 from potluck.wire.identities import ANONYMOUS, CALLER_HEADER, is_identity
 
@@ -73,7 +74,9 @@ def words(error: Exception) -> str:
 
 
 def caller_of(request: web.BaseRequest) -> str:
-    """The identity that the sender gives; ANONYMOUS: it gives none. Raises InvalidRequest for a malformed identity."""
+    """The identity that the sender proves over TLS, or only gives without; ANONYMOUS: none. Raises InvalidRequest for a malformed one."""
+    if is_secured(request.transport):
+        return asker(request) or ANONYMOUS
     said = request.headers.getall(CALLER_HEADER, ())
     if not said:
         return ANONYMOUS

@@ -26,6 +26,7 @@ from aiohttp import web
 from potluck.blobs import server
 from potluck.blobs.download import Downloader
 from potluck.blobs.parts import Timings
+from potluck.blobs.rights import OPEN
 from potluck.blobs.store import BlobStore
 from potluck.blobs.transfer import CHUNK_BYTES
 from potluck.credentials import Credentials
@@ -93,7 +94,7 @@ async def hold(tmp_path: Path, credentials: Credentials) -> AsyncIterator[Hold]:
             holder = Holder(BlobStore(tmp_path / f"holder{count}", limit))
             for data in blobs:
                 holder.store.put_bytes(data)
-            routes = server.routes(holder.store, writable=True, max_bytes=MAX_BYTES, idle_seconds=1.0)
+            routes = server.routes(holder.store, writable=True, max_bytes=MAX_BYTES, rights=OPEN, idle_seconds=1.0)
             proper = routes[0].handler
 
             async def get(request: web.Request) -> web.StreamResponse:
@@ -258,7 +259,7 @@ async def test_put_says_who_sends(hold: Hold, tmp_path: Path, caplog: pytest.Log
 
 async def test_put_is_not_for_everyone(tmp_path: Path) -> None:
     sock = socket.create_server(("127.0.0.1", 0))
-    routes = server.routes(BlobStore(tmp_path, 100), writable=False, max_bytes=0)
+    routes = server.routes(BlobStore(tmp_path, 100), writable=False, max_bytes=0, rights=OPEN)
     async with serve_http(sock, routes, Credentials()), aiohttp.ClientSession() as http:
         url = f"http://127.0.0.1:{sock.getsockname()[1]}/blobs/{sha(b'')}"
         async with http.put(url, data=b"") as response:

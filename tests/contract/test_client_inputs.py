@@ -14,6 +14,7 @@ import pytest
 
 from node.inputs import Inputs
 from potluck.blobs import server
+from potluck.blobs.rights import OPEN
 from potluck.client import AsyncClient
 from potluck.client import inputs as inputs_module
 from potluck.client.inputs import Choice
@@ -50,7 +51,10 @@ class Cluster:
         stack = self._stacks[node_id] = await self._stack.enter_async_context(AsyncExitStack())
         inputs = self.inputs[node_id] = await stack.enter_async_context(Inputs(self._folder / node_id, Credentials()))
         sock = socket.create_server(("127.0.0.1", 0))
-        routes = [*server.routes(inputs.store, writable=False, max_bytes=0), *inputs.routes(lambda: None)]
+        routes = [
+            *server.routes(inputs.store, writable=False, max_bytes=0, rights=OPEN),
+            *inputs.routes(lambda: None, OPEN),
+        ]
         await stack.enter_async_context(serve_http(sock, routes, Credentials()))
         place = ReplicaPlace(node_id=node_id, http=(f"http://127.0.0.1:{sock.getsockname()[1]}",))
         self.places.append(place)

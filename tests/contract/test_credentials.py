@@ -15,6 +15,7 @@ import pytest
 from potluck.blobs import server
 from potluck.blobs.download import Downloader
 from potluck.blobs.parts import Timings
+from potluck.blobs.rights import OPEN
 from potluck.blobs.store import BlobStore
 from potluck.bus.connecting import refusal
 from potluck.bus.mqtt import Envelope, MqttBus, in_turn
@@ -42,7 +43,7 @@ async def test_bulk(tmp_path: Path) -> None:
     sock = socket.create_server(("127.0.0.1", 0))
     (url,) = base_urls("127.0.0.1", sock.getsockname()[1], served.scheme)
     assert url.startswith("https://")
-    async with serve_http(sock, server.routes(store, writable=True, max_bytes=2**20), served):
+    async with serve_http(sock, server.routes(store, writable=True, max_bytes=2**20, rights=OPEN), served):
         async with Downloader(BlobStore(tmp_path / "here", 1 << 30), TRUSTING, QUICK) as downloader:
             ref = await downloader.push(b"soup", (url,))
             assert (await downloader.fetch(ref)).read_bytes() == b"soup"

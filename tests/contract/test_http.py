@@ -16,6 +16,7 @@ import pytest
 from aiohttp import web
 
 from potluck.blobs import server
+from potluck.blobs.rights import OPEN
 from potluck.blobs.store import BlobStore
 from potluck.credentials import Credentials
 from potluck.net import http
@@ -92,7 +93,9 @@ def serve(stack: AsyncExitStack, tmp_path: Path, credentials: Credentials) -> Se
             guests.at_work += 1
             return web.Response(body=bytes(64 * 2**20))
 
-        blobs = server.routes(BlobStore(tmp_path / "blobs", 2**30), writable=True, max_bytes=2**20, idle_seconds=0.3)
+        blobs = server.routes(
+            BlobStore(tmp_path / "blobs", 2**30), writable=True, max_bytes=2**20, rights=OPEN, idle_seconds=0.3
+        )
         routes = [web.get("/quick", quick), web.get("/slow", slow), web.get("/much", much), *blobs]
         await stack.enter_async_context(serve_http(sock, routes, credentials, limits=limits))
         stack.push_async_callback(guests.go)

@@ -17,6 +17,7 @@ from coordinator.sealing import ForwardClock, Sealing
 from potluck.blobs import server
 from potluck.blobs.download import Downloader
 from potluck.blobs.parts import Timings
+from potluck.blobs.rights import OPEN
 from potluck.blobs.store import BlobStore
 from potluck.bus.connecting import refusal
 from potluck.bus.mqtt import Envelope, MqttBus, in_turn
@@ -174,7 +175,7 @@ async def test_bulk(node: Path, coordinator: Path, tmp_path: Path) -> None:
     sock = socket.create_server(("127.0.0.1", 0))
     (url,) = base_urls("127.0.0.1", sock.getsockname()[1], serving.scheme)
     assert url.startswith("https://")
-    async with serve_http(sock, server.routes(store, writable=True, max_bytes=2**20), serving):
+    async with serve_http(sock, server.routes(store, writable=True, max_bytes=2**20, rights=OPEN), serving):
         async with Downloader(BlobStore(tmp_path / "here", 1 << 30), asking, QUICK) as downloader:
             ref = await downloader.push(b"soup", (url,))
             assert (await downloader.fetch(ref)).read_bytes() == b"soup"
@@ -190,7 +191,7 @@ async def test_an_address_in_a_message_makes_no_member_speak_in_plain(node: Path
     ref = store.put_bytes(b"soup")
     sock = socket.create_server(("127.0.0.1", 0))
     (url,) = base_urls("127.0.0.1", sock.getsockname()[1], "http")
-    async with serve_http(sock, server.routes(store, writable=True, max_bytes=2**20), Credentials()):
+    async with serve_http(sock, server.routes(store, writable=True, max_bytes=2**20, rights=OPEN), Credentials()):
         for asking, gets in ((Credentials(), True), (Credentials.load(node, "node"), False)):
             async with Downloader(BlobStore(tmp_path / str(gets), 1 << 30), asking, QUICK) as downloader:
                 found = downloader.fetch(replace(ref, holders=(url,)))
@@ -212,7 +213,7 @@ async def test_a_nodes_server_lets_in_only_members(node: Path, tmp_path: Path) -
     sock = socket.create_server(("127.0.0.1", 0))
     (url,) = base_urls("127.0.0.1", sock.getsockname()[1], served.scheme)
     store = BlobStore(tmp_path / "held", 1 << 30)
-    async with serve_http(sock, server.routes(store, writable=True, max_bytes=2**20), served):
+    async with serve_http(sock, server.routes(store, writable=True, max_bytes=2**20, rights=OPEN), served):
         async with Downloader(BlobStore(tmp_path / "here", 1 << 30), asking, QUICK) as downloader:
             await downloader.push(b"bread", (url,))
         # A client in whose place a stranger speaks: the same trust, and no certificate.

@@ -21,6 +21,7 @@ from node import inputs as inputs_module
 from node.inputs import TIMINGS, Inputs
 from potluck.blobs import download, server
 from potluck.blobs.download import Downloader
+from potluck.blobs.rights import OPEN
 from potluck.blobs.store import BlobStore, NewFile, is_made_up, made_up_name
 from potluck.credentials import Credentials
 from potluck.errors import InputsLost, PotluckError, Unavailable
@@ -50,9 +51,11 @@ async def taker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
         found = Taker(await stack.enter_async_context(Inputs(tmp_path / "inputs", Credentials(), kept_seconds=0.4)))
         sock = socket.create_server(("127.0.0.1", 0))
         found.url = f"http://127.0.0.1:{sock.getsockname()[1]}"
-        routes = server.routes(BlobStore(tmp_path / "blobs", 1 << 30), found.inputs.store, writable=False, max_bytes=0)
+        routes = server.routes(
+            BlobStore(tmp_path / "blobs", 1 << 30), found.inputs.store, writable=False, max_bytes=0, rights=OPEN
+        )
         await stack.enter_async_context(
-            serve_http(sock, [*routes, *found.inputs.routes(lambda: found.refusal)], Credentials())
+            serve_http(sock, [*routes, *found.inputs.routes(lambda: found.refusal, OPEN)], Credentials())
         )
         yield found
 
@@ -201,7 +204,7 @@ async def test_one_address_leaves_room_for_the_inputs_of_others(taker: Taker, cl
         writer.write(head + b"slow")
         crowd.append((reader, writer))
     await eventually(lambda: len(taker.left()) == server._UPLOADS_EACH)
-    with pytest.raises(Unavailable, match=f"{server._UPLOADS_EACH} uploads from your address are under way"):
+    with pytest.raises(Unavailable, match=f"{server._UPLOADS_EACH} uploads of yours are under way"):
         await client.send_inputs(b"soup", taker.url, 1.0)
     _, other = await asyncio.open_connection("127.0.0.1", port, local_addr=("127.0.0.2", 0))
     other.write(head + b"all of it")
@@ -232,7 +235,7 @@ async def test_an_older_node_and_an_unreachable_one_are_told_apart(client: Downl
     """An older node, and an address where nothing listens."""
     sock = socket.create_server(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{sock.getsockname()[1]}"
-    routes = server.routes(BlobStore(tmp_path / "blobs", 1 << 30), writable=False, max_bytes=0)
+    routes = server.routes(BlobStore(tmp_path / "blobs", 1 << 30), writable=False, max_bytes=0, rights=OPEN)
     async with serve_http(sock, routes, Credentials()):
         with pytest.raises(Unavailable, match="404 Not Found"):
             await client.send_inputs(bytes(5_000_000), url, 1.0)

@@ -17,6 +17,7 @@ from msgspec.structs import replace
 
 from potluck.blobs import server
 from potluck.blobs.download import Downloader
+from potluck.blobs.rights import OPEN
 from potluck.blobs.store import BlobStore
 from potluck.bus.mqtt import Envelope, MqttBus
 from potluck.credentials import Credentials
@@ -212,7 +213,7 @@ async def node_lab(folder: Path, kind: BrokerKind | None = None) -> AsyncIterato
     try:
         async with (
             Downloader(BlobStore(folder / "fetched", 1 << 30), Credentials()) as lab.downloader,
-            serve_http(sock, server.routes(lab.store, writable=False, max_bytes=0), Credentials()),
+            serve_http(sock, server.routes(lab.store, writable=False, max_bytes=0, rights=OPEN), Credentials()),
         ):
             tasks.append(asyncio.create_task(bus.run(), name="lab bus"))
             await bus.connected(5)

@@ -13,6 +13,7 @@ from typing import Any, Self
 from aiohttp import web
 
 from potluck.blobs import server
+from potluck.blobs.rights import OPEN
 from potluck.blobs.store import BlobStore
 from potluck.bus.exchange import request_failed
 from potluck.bus.mqtt import Bus, Envelope
@@ -76,7 +77,7 @@ class ScriptedCoordinator:
 
     async def __aenter__(self) -> Self:
         app = web.Application()
-        app.add_routes(server.routes(self.store, writable=True, max_bytes=1 << 28))
+        app.add_routes(server.routes(self.store, writable=True, max_bytes=1 << 28, rights=OPEN))
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
         await runner.setup()
         self._stack.push_async_callback(runner.cleanup)

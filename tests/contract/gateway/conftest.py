@@ -21,6 +21,7 @@ from coordinator.gateway.answers import in_words
 from coordinator.gateway.shelf import Shelf
 from potluck.blobs import server as blob_server
 from potluck.blobs.download import Downloader
+from potluck.blobs.rights import OPEN
 from potluck.blobs.store import BlobStore
 from potluck.credentials import Credentials
 from potluck.net.http import serve_http
@@ -84,7 +85,7 @@ async def http(
     downloader = await stack.enter_async_context(Downloader(store, Credentials()))
     shelf = Shelf(store, downloader, lambda: (base,), LIMIT_BYTES)
     routes = [
-        *blob_server.routes(store, writable=True, max_bytes=LIMIT_BYTES),
+        *blob_server.routes(store, writable=True, max_bytes=LIMIT_BYTES, rights=OPEN),
         *gateway.routes(control, lab.serving, lab.inference, lab.membership, lab.settings, shelf, lab.bus),
     ]
     await stack.enter_async_context(serve_http(sock, routes, Credentials(), (in_words,)))

@@ -27,6 +27,7 @@ from coordinator.gateway.shelf import Shelf
 from coordinator.identities.joining import Joining
 from potluck.blobs import server as blob_server
 from potluck.blobs.download import Downloader
+from potluck.blobs.rights import OPEN
 from potluck.blobs.store import BlobStore
 from potluck.credentials import Credentials
 from potluck.net.http import serve_http
@@ -86,7 +87,7 @@ def served(lab: Lab, store: BlobStore, control: Control, stack: AsyncExitStack, 
     downloader = Downloader(store, Credentials())
     shelf = Shelf(store, downloader, lambda: ("https://127.0.0.1:1",), LIMIT_BYTES)
     return [
-        *blob_server.routes(store, writable=True, max_bytes=LIMIT_BYTES),
+        *blob_server.routes(store, writable=True, max_bytes=LIMIT_BYTES, rights=OPEN),
         *gateway.routes(control, lab.serving, lab.inference, lab.membership, lab.settings, shelf, lab.bus, closed=True),
     ]
 

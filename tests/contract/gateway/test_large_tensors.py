@@ -19,6 +19,7 @@ from msgspec.structs import replace
 
 from coordinator.serving.inputs import INPUT_LIMIT_BYTES
 from potluck.blobs import server as blob_server
+from potluck.blobs.rights import OPEN
 from potluck.blobs.store import BlobStore
 from potluck.credentials import Credentials
 from potluck.net.http import serve_http
@@ -55,7 +56,7 @@ async def keep(stack: AsyncExitStack, tmp_path: Path) -> Callable[[bytes], BlobR
     sock = socket.create_server(("127.0.0.1", 0))
     address = f"http://127.0.0.1:{sock.getsockname()[1]}"
     await stack.enter_async_context(
-        serve_http(sock, blob_server.routes(store, writable=False, max_bytes=0), Credentials())
+        serve_http(sock, blob_server.routes(store, writable=False, max_bytes=0, rights=OPEN), Credentials())
     )
     return lambda data: replace(store.put_bytes(data), holders=(address,))
 

@@ -14,6 +14,7 @@ from coordinator.copies.pins import Keeping
 from coordinator.journal import Journal
 from coordinator.registry import Registry
 from potluck.blobs.store import BlobStore
+from potluck.errors import DiskFull
 from potluck.wire.questions import JobEnded
 from potluck.wire.values import BlobRef, Tensor
 
@@ -30,18 +31,17 @@ MEMBERS = {
 class Cluster:
     def __init__(self, folder: Path) -> None:
         self.journal = Journal(folder / "journal")
-        self.registry, self.store = Registry(self.journal), BlobStore(folder / "blobs", 2**20)
+        self.registry = Registry(self.journal)
+        self.store = BlobStore(folder / "blobs", 2**20, quota_bytes=1000)
         self.keeping = Keeping(self.registry, self.store)
         self.ended: list[JobEnded] = []
-
-        self.sent: set[tuple[str, str]] = set()
 
     def rights(self) -> BlobRights:
         return BlobRights(
             MEMBERS.get,
             named=self.keeping.names,
             results=lambda: self.ended,
-            sent=lambda sha256, identity: (sha256, identity) in self.sent,
+            sent=self.store.sent,
         )
 
     def put(self, data: bytes, identity: str) -> str:
@@ -99,6 +99,14 @@ def test_results_of_jobs_are_for_those_who_compute(cluster: Cluster) -> None:
     assert who(rights, blob("keys").sha256) == DAEMONS | COMPUTING
 
 
-def test_who_computes_may_put_blobs(cluster: Cluster) -> None:
+def test_who_computes_may_put_blobs_within_the_quota(cluster: Cluster) -> None:
     rights = cluster.rights()
-    assert {one for one in (*MEMBERS, "client:gone", "") if rights.may_put(one, 0)} == COMPUTING
+    assert {one for one in (*MEMBERS, "client:gone", "") if rights.may_put(one, 10**12)} == COMPUTING
+    used = cluster.put(bytes(600), "client:ann")
+    cluster.store.pin(used)  # by a job
+    cluster.store.check_quota("client:ann", 400)
+    with pytest.raises(DiskFull, match="600 bytes were sent from client:ann"):
+        cluster.store.check_quota("client:ann", 401)
+    cluster.store.check_quota("client:bob", 1000)
+    cluster.registry.add_model("m", cluster.store.put_bytes(bytes(600)), now=1.0)
+    cluster.store.check_quota("client:ann", 1000)  # what is registered counts no more

@@ -7,6 +7,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -470,3 +471,61 @@ def test_one_address_holds_no_more_than_its_share(disk: SmallDisk) -> None:
         coming(1500)  # a blob on its way counts, too
         with pytest.raises(DiskFull):
             send(b"e", 3000, "them")
+
+
+class LazyDisk:
+    """A disk of 1 MB, with a reserve of 20 kB, that counts bytes only when it is told to, as when they wait in memory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.counted = 0
+
+    def __call__(self, folder: Path) -> SimpleNamespace:
+        return SimpleNamespace(total=1_000_000, free=1_000_000 - self.counted)
+
+
+def test_many_that_write_at_once_leave_the_reserve(tmp_path: Path) -> None:
+    disk = LazyDisk(tmp_path / "blobs")
+    store = BlobStore(disk.folder, 1 << 40, usage=disk)
+    together = threading.Barrier(8)
+    written: list[int] = []
+
+    class Slow:
+        """A file whose bytes are on their way to the disk when all others have begun."""
+
+        def write(self, data: bytes) -> None:
+            together.wait(5)
+            written.append(len(data))
+
+    def send(number: int) -> str:
+        with store.new_file() as file:
+            file._file = Slow()  # type: ignore[assignment]
+            try:
+                file.write(bytes(200_000))
+            except DiskFull as error:
+                together.wait(5)
+                return error.message
+        return ""
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = [*pool.map(send, range(8))]
+    assert sum(written) == 800_000
+    assert [bool(answer) for answer in answers].count(True) == 4
+    assert all("the disk is full" in answer for answer in answers if answer)
+    with store.new_file() as file:
+        file.write(bytes(200_000))  # those that have ended count no longer
+
+
+def test_blobs_that_are_fetched_at_once_have_room_for_all_their_bytes(tmp_path: Path) -> None:
+    disk = LazyDisk(tmp_path / "blobs")  # files with holes take no room on it
+    store = BlobStore(disk.folder, 1 << 40, usage=disk)
+    refs = [BlobRef(sha256=sha(bytes([number])), size=400_000) for number in range(3)]
+    with store.partial(refs[0], 100_000) as first, store.partial(refs[1], 100_000):
+        with pytest.raises(DiskFull), store.partial(refs[2], 100_000):
+            pass
+        with pytest.raises(DiskFull):
+            store.put_bytes(bytes(200_000))
+        first.write(0, bytes(100_000))
+        disk.counted = first.path.stat().st_blocks * 512
+        store.put_bytes(bytes(170_000))
+    store.put_bytes(bytes(400_000))
