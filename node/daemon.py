@@ -192,7 +192,13 @@ class Node:
             )
             self._outbox = Outbox(self._bus)
             fast = Outbox(self._bus)
-            own_data = self._own_data = OwnData(self.folder / "data", self.settings.data)
+            loop = asyncio.get_running_loop()
+
+            def pack_again() -> None:
+                for event in (self._to_pack, self._data_changed):
+                    loop.call_soon_threadsafe(event.set)
+
+            own_data = self._own_data = OwnData(self.folder / "data", self.settings.data, pack_again)
             self._make_engines(store, downloader, inputs, fast, own_data)
             self._copies = HeldCopies(
                 store, downloader, lambda message: self._outbox.publish(self._outbox_topic, message)

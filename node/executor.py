@@ -190,6 +190,8 @@ class Executor:
         outcome: ShardFinished | ShardFailed
         try:
             with self._own_data.using(lease.task) as (task, own_files):
+                if own_files:
+                    await asyncio.to_thread(self._own_data.check_files, lease.task, own_files)
                 result = await self._compute(attempt, task, own_files)
             self._own_data.check(lease.task)  # its settings may have changed meanwhile
             outcome = await self._report(attempt_id, result)
@@ -377,7 +379,7 @@ class Executor:
     def _from_engine(self, ref: BlobRef) -> BlobRef:
         path = self._scratch / ref.sha256
         if not self._sandboxed:
-            return self._store.adopt(path, ref.sha256) if path.exists() else ref
+            return self._store.verify(path, ref) if path.exists() else ref
         # A model may have taken over the engine, so its word for a hash does not count: the file is hashed as it is taken.
         if is_sha256(ref.sha256) and os.path.lexists(path):
             return self._store.take(path, ref.sha256)

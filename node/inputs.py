@@ -54,7 +54,7 @@ class Inputs:
         kept_seconds: float = KEPT_SECONDS,
     ) -> None:
         shutil.rmtree(folder, ignore_errors=True)  # left by a process that was killed
-        self.store = BlobStore(folder, limit_bytes)
+        self.store = BlobStore(folder, limit_bytes, used_seconds=kept_seconds / 4)
         self._downloader = Downloader(self.store, credentials, TIMINGS)
         self._kept_seconds = kept_seconds
         self._stack = AsyncExitStack()

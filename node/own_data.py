@@ -6,7 +6,7 @@ import asyncio
 import logging
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from potluck import lifecycle
 from potluck.blobs.store import BlobStore, is_sha256
-from potluck.errors import InvalidRequest, PotluckError, Unavailable
+from potluck.errors import CorruptBlob, InvalidRequest, NotFound, PotluckError, Unavailable
 from potluck.logs import fields
 from potluck.settings import NodeDataSettings
 from potluck.surviving import surviving
@@ -38,12 +38,19 @@ class OwnData:
     `change` may come at any time, also while `pack` runs in a thread. It counts at once.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, str | NodeDataSettings]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        settings: Mapping[str, str | NodeDataSettings],
+        on_damage: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`on_damage` is called, in any thread, when packed data were changed on the disk, and are to be packed again."""
         shutil.rmtree(folder, ignore_errors=True)  # the files may have changed since
         folder.mkdir(mode=0o700)
         self._store = BlobStore(folder, NO_LIMIT)
         self._lock = threading.RLock()
         self._settings = _as_tables(settings)
+        self._on_damage = on_damage
         self._packed: dict[str, Dataset] = {}
         self._missing: dict[str, str] = {}
         self._files = threading.Lock()
@@ -178,6 +185,22 @@ class OwnData:
             yield filled, files
         if self._left:
             self.sweep()
+
+    def check_files(self, task: AnyTask, files: Iterable[str]) -> None:
+        """Check the hashes of a task's files (names as from `using`), which are still in use. Blocks: call it in a thread.
+
+        If one was changed, the data are packed again. Raises Unavailable.
+        """
+        try:
+            for sha256 in files:
+                self._store.checked(sha256)
+        except (CorruptBlob, NotFound) as error:
+            inner = task.task if isinstance(task, WarmUpTask) else task
+            name = inner.node_data if isinstance(inner, TrainTask | EvaluateTask) else None
+            with self._lock:
+                self._packed = {other: data for other, data in self._packed.items() if other != name}
+            self._on_damage()
+            raise Unavailable(f"this node packs its data {name!r} again: {error.message}") from error
 
     def check(self, task: AnyTask) -> None:
         """What a task about data of this node has found may leave only if the settings, as they are now, allow the task. Raises what

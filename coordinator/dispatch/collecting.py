@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from msgspec.structs import replace
@@ -19,7 +19,7 @@ from coordinator.plans.quantizing import QuantizeStrategy
 from coordinator.plans.training.scores import weighted
 from potluck.blobs.download import Downloader
 from potluck.blobs.store import BlobStore, hash_file, no_room
-from potluck.errors import EngineFailed, InvalidModel
+from potluck.errors import CorruptBlob, EngineFailed, InvalidModel
 from potluck.weights import updates
 from potluck.wire.jobs import Deploy, Evaluate, Predict, Train
 from potluck.wire.refs import blob_refs
@@ -75,7 +75,8 @@ class Collector:
                     return result
                 with self._store.pinning() as pin:
                     if result.step is not None and self._store.has(result.step.base.sha256):
-                        await self._follow(result.step, result.weights, pin)
+                        with suppress(CorruptBlob):  # ours was damaged: the weights are fetched whole
+                            await self._follow(result.step, result.weights, pin)
                     kept, state = await self._fetch(result.weights, pin), await self._fetch(result.optimizer, pin)
                     return replace(result, weights=kept, optimizer=state, step=None)
             case EvaluateResult() | WarmUpResult():
@@ -172,12 +173,12 @@ class Collector:
             self._store.clear(_STEP_FILES * base.size)
             step, after, moving = (stack.enter_context(self._store.new_file()).path for _ in range(3))
             square = outer.combine(
-                self._store.path(base.sha256),
+                self._store.checked(base.sha256),
                 [
-                    (self._store.path(part.update.sha256), count)
+                    (self._store.checked(part.update.sha256), count)
                     for part, count in zip(decision.results, counts, strict=True)
                 ],
-                self._store.path(decision.velocity.sha256) if decision.velocity else None,
+                self._store.checked(decision.velocity.sha256) if decision.velocity else None,
                 settings,
                 compression,
                 scales=scales,
@@ -194,7 +195,7 @@ class Collector:
 
     def _norm(self, update: BlobRef, base: BlobRef) -> float:
         try:
-            return updates.norm(self._store.path(update.sha256), self._store.path(base.sha256))
+            return updates.norm(self._store.checked(update.sha256), self._store.checked(base.sha256))
         except InvalidModel as error:
             raise EngineFailed(f"the node's update cannot be used: {error.message}") from error
 
@@ -218,7 +219,7 @@ class Collector:
         with self._store.new_file() as file, no_room():
             self._store.clear(weights.size)
             try:
-                updates.apply_update(self._store.path(base.sha256), self._store.path(update.sha256), file.path)
+                updates.apply_update(self._store.checked(base.sha256), self._store.checked(update.sha256), file.path)
             except InvalidModel as error:
                 raise EngineFailed(f"the node's checkpoint cannot be used: {error.message}") from error
             sha256, _ = hash_file(file.path)

@@ -31,7 +31,7 @@ from coordinator.plans.training import privacy
 from coordinator.plans.training.scores import direction
 from coordinator.registry import Registry
 from potluck.blobs.store import BlobStore
-from potluck.errors import InvalidRequest, NotFound, PotluckError
+from potluck.errors import CorruptBlob, InvalidRequest, NotFound, PotluckError
 from potluck.logs import fields
 from potluck.wire import codec
 from potluck.wire.jobs import NODE_DATA, AnyJobSpec, Deploy, Evaluate, JobProgress, Predict, Train
@@ -398,7 +398,10 @@ class JobStore:
         if manifest is None or not self._blobs.has(manifest.sha256):
             return None
         if (found := self._loaded.pop(manifest.sha256, None)) is None:
-            found = codec.unpack(self._blobs.read(manifest.sha256), Dataset)
+            try:
+                found = codec.unpack(self._blobs.read(manifest.sha256), Dataset)
+            except (NotFound, CorruptBlob):  # gone just now
+                return None
         self._loaded[manifest.sha256] = found  # the last one that was asked for
         while len(self._loaded) > LOADED_KEPT:
             del self._loaded[next(iter(self._loaded))]

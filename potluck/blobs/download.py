@@ -19,10 +19,11 @@ import msgspec
 from aiohttp import hdrs
 
 from potluck.blobs.parts import TIMINGS, Parts, PlainParts, Timings, TlsParts, explained
+from potluck.blobs.reading import Reads
 from potluck.blobs.store import BlobStore, hash_file
 from potluck.blobs.transfer import Transfer
 from potluck.credentials import Credentials
-from potluck.errors import DiskFull, InvalidRequest, NotFound, TooLarge, Unavailable
+from potluck.errors import CorruptBlob, DiskFull, InvalidRequest, NotFound, TooLarge, Unavailable
 from potluck.logs import fields
 from potluck.net.bulk_client import BulkClient
 from potluck.net.http_client import session
@@ -55,6 +56,7 @@ class Downloader:
         self._store = store
         self._credentials = credentials
         self._timings = timings
+        self._reads = Reads(store)
         self._under_way: dict[str, _UnderWay] = {}
         self._distrusted_until: dict[str, float] = {}
         self._session: aiohttp.ClientSession | None = None
@@ -85,15 +87,15 @@ class Downloader:
             await self._session.close()
 
     async def fetch(self, ref: BlobRef) -> Path:
-        """The blob's file in the store, its hash checked. A fetch ends when no caller waits for it, and can be resumed.
+        """The blob's file in the store, its hash checked, also if it was here. A fetch ends when no caller waits for it, and can be resumed.
 
         Raises Unavailable or CorruptBlob, which name holders and reasons; DiskFull.
         """
         while True:
             if self._store.has(ref.sha256):
                 try:
-                    return self._store.path(ref.sha256)
-                except NotFound:
+                    return await self._reads.path(ref.sha256)
+                except (NotFound, CorruptBlob):
                     pass  # thrown away just now
             found = self._under_way.get(ref.sha256)
             if found is None or not found.given_up:

@@ -8,14 +8,15 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 
 from aiohttp import hdrs, web
 
+from potluck.blobs.reading import Reads
 from potluck.blobs.rights import Rights
 from potluck.blobs.sending import FileAnswer
 from potluck.blobs.store import BlobStore, NewFile, is_sha256, made_up_name
-from potluck.errors import DiskFull, InvalidRequest, NotFound, PotluckError, TooLarge
+from potluck.errors import CorruptBlob, DiskFull, InvalidRequest, NotFound, PotluckError, TooLarge
 from potluck.logs import fields
 from potluck.net.http import TOO_SLOW, Patience, caller_of, media_type
 from potluck.net.peers import asker
@@ -54,13 +55,15 @@ def routes(
     `Expect: 100-continue`, an unwanted blob is refused before it is sent.
     """
 
+    readers = [(one, Reads(one)) for one in (*others, store)]
+
     async def get(request: web.Request) -> web.StreamResponse:
         sha256 = request.match_info["sha256"]
         if not rights.allowed(asker(request), sha256):
             return _not_here(sha256)
         try:
-            path = next((one for one in others if one.has(sha256)), store).path(sha256)
-        except NotFound:
+            path = await next((reads for one, reads in readers if one.has(sha256)), readers[-1][1]).path(sha256)
+        except (NotFound, CorruptBlob):
             return _not_here(sha256)
         if any(tag.value in (sha256, "*") for tag in request.if_none_match or ()):
             return web.Response(status=304, headers={hdrs.ETAG: f'"{sha256}"'})
@@ -69,7 +72,7 @@ def routes(
         except FileNotFoundError:  # deleted just now
             return _not_here(sha256)
 
-    def settled(request: web.Request) -> web.Response | None:
+    async def settled(request: web.Request) -> web.Response | None:
         """The answer, if it does not depend on the bytes."""
         sha256 = request.match_info["sha256"]
         if not is_sha256(sha256):
@@ -81,11 +84,10 @@ def routes(
             return _problem(403, _MAY_NOT_PUT)
         if _is_encoded(request):
             return _encoded()
-        if rights.allowed(caller, sha256) and store.has(
-            sha256
-        ):  # otherwise it is taken again: nobody learns that it is here
-            store.path(sha256)  # it counts as used now: its sender will soon name it
-            return web.Response(status=200)
+        if rights.allowed(caller, sha256):  # otherwise it is taken again: nobody learns that it is here
+            with suppress(NotFound, CorruptBlob):
+                await readers[-1][1].path(sha256)  # it counts as used now: its sender will soon name it
+                return web.Response(status=200)
         if size > max_bytes:
             return _too_large(max_bytes)
         try:
@@ -96,7 +98,7 @@ def routes(
         return None
 
     async def on_expect(request: web.Request) -> web.StreamResponse | None:
-        answer = settled(request)
+        answer = await settled(request)
         if answer is not None:
             answer.force_close()  # the body that was announced will not come
         else:
@@ -105,7 +107,7 @@ def routes(
         return answer
 
     async def put(request: web.Request) -> web.StreamResponse:
-        answer = settled(request)
+        answer = await settled(request)
         if answer is not None:
             return answer
         return await _received(request, store, max_bytes, idle_seconds, wanted=request.match_info["sha256"])

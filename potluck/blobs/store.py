@@ -15,9 +15,9 @@ import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from potluck.blobs.partial import CHUNKS_SUFFIX, PARTIAL_PREFIX, Partial
 from potluck.blobs.room import UNUSED_SECONDS, UPLOADS_EACH, UPLOADS_SHARE, Disk, Uploads, Usage
@@ -35,8 +35,19 @@ _NEW_PREFIX = "new-"
 _READ_BYTES = 1 << 20
 _PARTIAL_SECONDS = 24 * 3600.0
 _PARTIALS_KEPT = 8
+_USED_SECONDS = 3600.0
+"""How exactly the time of a blob's last use is kept on the disk. To write it makes the blob look changed: it is hashed again."""
 _BLOCK_BYTES = 512
 """In which `stat` counts, on every file system."""
+
+
+class _State(NamedTuple):
+    """What changes when a file is written to."""
+
+    inode: int
+    size: int
+    modified: int
+    changed: int
 
 
 class NewFile:
@@ -74,20 +85,25 @@ class BlobStore:
         quota_bytes: int = 0,
         usage: Callable[[Path], Usage] = shutil.disk_usage,
         clock: Callable[[], float] = time.monotonic,
+        used_seconds: float = _USED_SECONDS,
     ) -> None:
         """Take over the blobs in `folder`, and remove unfinished files of a killed process.
 
+        `used_seconds`: how exactly the time of a use is kept on the disk.
         `quota_bytes`: most that unused uploads of one sender may hold; 0: half of the room, and one that comes alone may take all.
         """
         self.folder = folder
         self.limit_bytes = limit_bytes
         self.quota_bytes = quota_bytes
+        self._used_seconds = used_seconds
         self._lock = threading.RLock()
         self._sizes: OrderedDict[str, int] = OrderedDict()
         """Sizes by hash, the least used first."""
         self._total = 0
         self._being_written = 0
         """Bytes that threads write just now: the disk may not count them yet."""
+        self._hashed: dict[str, _State] = {}
+        """The state of each file when its bytes were last hashed, in this process."""
         self._pins: Counter[str] = Counter()
         self._named: set[str] = set()
         self._partials_open: dict[str, int] = {}
@@ -130,24 +146,46 @@ class BlobStore:
                 self._sizes.move_to_end(sha256)
                 self._uploads.asked(sha256)
                 try:
-                    os.utime(path, (time.time(), path.stat().st_mtime))  # so that the order survives this process
+                    self._note_use(path)
                 except FileNotFoundError:
                     self._forget(sha256)
                 else:
                     return path
         raise NotFound(f"there is no blob {sha256[:12]} here")
 
+    def unchanged(self, sha256: str) -> Path | None:
+        """`path`, if the file has not been changed since its bytes were hashed in this process; None: use `checked`. Raises NotFound.
+
+        Whoever owns a file can set all its times but the last (`ctime`).
+        """
+        path = self.path(sha256)
+        with self._lock:
+            known = self._hashed.get(sha256)
+        return path if is_made_up(sha256) or known == _state(path) else None
+
+    def checked(self, sha256: str) -> Path:
+        """The file of a blob that is whole: its bytes are hashed unless it is unchanged. Blocks.
+
+        Raises NotFound; CorruptBlob if it was changed, and then it is gone.
+        """
+        if (path := self.unchanged(sha256)) is not None:
+            return path
+        if not self.check(sha256):
+            raise CorruptBlob(f"blob {sha256[:12]} was changed on this disk, and is not kept: fetch or send it again")
+        return self.folder / sha256
+
     def size(self, sha256: str) -> int:
         self.path(sha256)
         return self._sizes[sha256]
 
     def read(self, sha256: str) -> bytes:
-        return self.path(sha256).read_bytes()
+        """The bytes of a blob. Raises NotFound, CorruptBlob."""
+        return self.checked(sha256).read_bytes()
 
     def put_bytes(self, data: bytes) -> BlobRef:
         """Store bytes. Raises DiskFull, as do all methods that store."""
         sha256 = hashlib.sha256(data).hexdigest()
-        if not self.has(sha256):
+        if not self._has_whole(sha256):
             with self.new_file() as file:
                 file.write(data)
                 file.flush()
@@ -204,7 +242,7 @@ class BlobStore:
                 file.flush()
                 if digest.hexdigest() != sha256:
                     raise CorruptBlob(f"{path.name[:12]} has the bytes of {digest.hexdigest()[:12]}")
-                if not self.has(sha256):
+                if not self._has_whole(sha256):
                     self._take(file.path, sha256, size)
         path.unlink(missing_ok=True)
         return BlobRef(sha256=sha256, size=size)
@@ -219,13 +257,23 @@ class BlobStore:
     def check(self, sha256: str) -> bool:
         """Whether the blob is here and whole. A damaged one is removed, pinned or not. Blocks: it reads the whole blob."""
         path = self.folder / sha256
+        state: _State | None = None
         try:
-            if self.has(sha256) and hash_file(path)[0] == sha256:
+            if not self.has(sha256):
+                return False
+            state = _state(path)
+            if hash_file(path)[0] == sha256:
+                with self._lock:
+                    if sha256 in self._sizes and _state(path) == state:
+                        self._hashed[sha256] = state
                 return True
+            log.error("blob was changed on the disk, and is thrown away %s", fields(blob=sha256[:12]))
         except OSError as error:
             log.warning("blob cannot be read %s", fields(blob=sha256[:12], reason=error))
-        with self._lock:
-            if sha256 in self._sizes:
+        with self._lock, suppress(FileNotFoundError):
+            if sha256 in self._sizes and (
+                state is None or _state(path).inode == state.inode
+            ):  # not one that came meanwhile
                 self._forget(sha256)
                 path.unlink(missing_ok=True)
         return False
@@ -412,13 +460,14 @@ class BlobStore:
         with self._lock:
             return self._uploads.sent(sha256, peer)
 
-    def held(self, peer: str) -> int:
-        """Bytes that `peer` has sent or sends now, and that nothing has used yet."""
-        with self._lock:
-            return self._uploads.held(peer)
+    def _has_whole(self, sha256: str) -> bool:
+        """Whether the blob is here and needs no look at its bytes. If it may be damaged, the same bytes are taken again."""
+        with self._lock, suppress(NotFound):
+            return self.has(sha256) and self.unchanged(sha256) is not None
+        return False
 
     def _move(self, path: Path, sha256: str, size: int) -> BlobRef:
-        if self.has(sha256):
+        if self._has_whole(sha256):
             path.unlink(missing_ok=True)
         elif path.stat().st_dev == self.folder.stat().st_dev:
             self._take(path, sha256, size)
@@ -431,13 +480,14 @@ class BlobStore:
         return BlobRef(sha256=sha256, size=size)
 
     def _take(self, path: Path, sha256: str, size: int) -> None:
-        """Make a complete file on this file system a blob."""
+        """Make a complete file on this file system a blob. Its bytes were hashed just now."""
         with self._lock:
             self._make_room(size)
             path.replace(self.folder / sha256)
             self._total += size - self._sizes.get(sha256, 0)
             self._sizes[sha256] = size
             self._sizes.move_to_end(sha256)
+            self._hashed[sha256] = _state(self.folder / sha256)
 
     def _make_room(self, size: int) -> None:
         """Make room for a blob whose bytes are on the disk already."""
@@ -473,7 +523,14 @@ class BlobStore:
 
     def _forget(self, sha256: str) -> None:
         self._total -= self._sizes.pop(sha256)
+        self._hashed.pop(sha256, None)
         self._uploads.forget(sha256)
+
+    def _note_use(self, path: Path) -> None:
+        """So that the order of use survives this process."""
+        now, found = time.time(), path.stat()
+        if now - max(found.st_atime, found.st_mtime) > self._used_seconds:
+            os.utime(path, (now, found.st_mtime))
 
     def _sweep_partials(self, kept: int) -> None:
         """Remove unfinished downloads: old ones, and all but the newest `kept`."""
@@ -486,6 +543,11 @@ class BlobStore:
         for log in self.folder.glob(f"{PARTIAL_PREFIX}*{CHUNKS_SUFFIX}"):
             if not log.with_suffix("").exists():
                 log.unlink(missing_ok=True)
+
+
+def _state(path: Path) -> _State:
+    found = path.stat()
+    return _State(found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
 def is_sha256(text: str) -> bool:

@@ -37,6 +37,7 @@ from potluck.wire.addresses import address
 from potluck.wire.values import BlobRef
 from support.closed import Authority
 from support.eventually import eventually
+from support.tampering import tamper
 
 QUICK = Timings(connect_seconds=1.0, idle_seconds=1.0, hedge_seconds=0.3, rest_seconds=0.01)
 MAX_BYTES = 64 * 2**20
@@ -555,6 +556,46 @@ async def test_what_does_not_fit_is_not_fetched(hold: Hold, tmp_path: Path) -> N
         with pytest.raises(DiskFull):
             await downloader.fetch(ref_of(data, holder.url))
     assert holder.asked == []
+
+
+# --- files that change on the disk --------------------------------------------------------------------------------------
+
+
+async def test_a_changed_file_is_fetched_again(hold: Hold, downloader: Downloader) -> None:
+    data = noise(5000)
+    holder = await hold(data)
+    path = await downloader.fetch(ref_of(data, holder.url))
+    tamper(path)
+    found = await asyncio.gather(*(downloader.fetch(ref_of(data, holder.url)) for _ in range(5)))
+    assert [one.read_bytes() for one in found] == [data] * 5
+    assert len(holder.asked) == 2
+
+
+async def test_a_changed_file_is_not_served(hold: Hold, downloader: Downloader) -> None:
+    data, other = noise(5000), noise(5000, 1)
+    bad, good = await hold(data, other), await hold(data)
+    tamper(bad.store.folder / sha(data))
+    async with aiohttp.ClientSession() as http:
+        async with http.head(f"{bad.url}/blobs/{sha(data)}") as answer:
+            assert answer.status == 404
+        async with http.get(f"{bad.url}/blobs/{sha(other)}") as answer:
+            assert await answer.read() == other
+    assert not bad.store.has(sha(data))
+    assert (await downloader.fetch(ref_of(data, bad.url, good.url))).read_bytes() == data
+    assert not downloader._is_distrusted(bad.url)
+
+
+async def test_a_changed_file_is_taken_again(hold: Hold, downloader: Downloader) -> None:
+    data = noise(5000)
+    holder = await hold(data)
+    for expect in (True, False):
+        tamper(holder.store.folder / sha(data))
+        async with (
+            aiohttp.ClientSession() as http,
+            http.put(f"{holder.url}/blobs/{sha(data)}", data=data, expect100=expect) as answer,
+        ):
+            assert answer.status == 201
+        assert holder.store.read(sha(data)) == data
 
 
 # --- liars ------------------------------------------------------------------------------------------------------------

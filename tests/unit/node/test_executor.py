@@ -350,6 +350,15 @@ async def test_the_word_of_an_engine_in_a_sandbox_for_its_files_does_not_count(
     assert sandboxed.store.read(found.model.sha256) == b"made"
 
 
+async def test_a_wrong_hash_from_an_engine_does_not_count(bench: Bench) -> None:
+    bench.keep(b"model", b"weights")
+    (bench.engine.scratch / ref(b"wanted").sha256).write_bytes(b"others")
+    bench.engine.answer = ExportResult(model=ref(b"wanted"), signature=Signature(inputs=(), outputs=()))
+    bench.executor.start(lease(EXPORT))
+    assert (await bench.error())[0] == "corrupt_blob"
+    assert not bench.store.has(ref(b"wanted").sha256)
+
+
 async def test_in_a_sandbox_only_a_member_of_a_group_gets_the_network(sandboxed: Bench) -> None:
     sandboxed.keep(b"model")
     sandboxed.engine.answer = SyncResult(samples=1, steps=1)

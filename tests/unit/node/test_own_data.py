@@ -19,6 +19,7 @@ from potluck.errors import InvalidRequest, Unavailable
 from potluck.settings import NodeDataSettings
 from potluck.wire.tasks import EvaluateTask, ExportTask, TrainTask, WarmUpTask
 from potluck.wire.values import BlobRef, DataFormat, Dataset, Privacy
+from support.tampering import tamper
 
 MODEL = BlobRef(sha256="a" * 64, size=1)
 
@@ -244,6 +245,26 @@ def test_a_task_is_filled_in_with_shards_and_the_jobs_numbers_of_classes(own: Ow
     assert sum(shard.count for shard in task.data) == 3
     assert {shard.blob.sha256 for shard in task.data} == set(files)
     assert all(path.is_file() for path in files.values())
+
+
+def test_packed_data_that_were_changed_are_packed_again(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("a,kind\n1,cat\n3,dog\n")
+    settings = {"pets": NodeDataSettings(path=str(tmp_path / "t.csv"), target="kind")}
+    damages: list[int] = []
+    own = OwnData(tmp_path / "data", settings, lambda: damages.append(1))
+    own.pack("pets")
+    task = training("pets", "cat", "dog")
+    with own.using(task) as (_, files):
+        own.check_files(task, files)
+        tamper(next(iter(files.values())))
+        with pytest.raises(Unavailable, match="packs its data 'pets' again"):
+            own.check_files(WarmUpTask(task=task), files)
+    assert damages == [1]
+    assert own.unpacked == ("pets",)
+    own.pack("pets")
+    with own.using(task) as (_, again):
+        assert again == files
+        own.check_files(task, again)
 
 
 def test_an_evaluation_is_always_of_all_items(own: OwnData) -> None:

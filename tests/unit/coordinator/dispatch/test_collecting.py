@@ -16,6 +16,7 @@ from potluck.weights import files as weights
 from potluck.weights.updates import write_update
 from potluck.wire.tasks import SyncResult, TrainResult
 from potluck.wire.values import BlobRef, Step
+from support.tampering import tamper
 
 
 @dataclass
@@ -69,6 +70,21 @@ def test_what_is_frozen_is_not_fetched_with_each_checkpoint(tmp_path: Path, know
     by_step = [result.step.update.sha256, result.optimizer.sha256]
     assert files.fetched == (by_step if known else [result.weights.sha256, result.optimizer.sha256])
     assert not store.has(result.step.update.sha256)
+
+
+def test_a_checkpoint_of_ours_that_was_changed_is_fetched_whole(tmp_path: Path) -> None:
+    (tmp_path / "node").mkdir()
+    store = BlobStore(tmp_path / "store", 2**30)
+    files = Files(tmp_path / "node", store)
+    result = round_of(files, tmp_path)
+    assert result.weights is not None
+    assert result.step is not None
+    store.put_bytes((tmp_path / "before").read_bytes())
+    tamper(store.folder / result.step.base.sha256)
+    asyncio.run(Collector(store, files).collect(result))  # type: ignore[arg-type]
+    assert not store.has(result.step.base.sha256)
+    assert result.weights.sha256 in files.fetched
+    assert store.read(result.weights.sha256) == (tmp_path / "after").read_bytes()
 
 
 def test_a_step_that_leads_elsewhere_is_not_followed(tmp_path: Path) -> None:

@@ -18,9 +18,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from potluck.blobs.store import BlobStore
+from potluck.blobs import store as blob_store
+from potluck.blobs.store import BlobStore, hash_file, made_up_name
 from potluck.errors import CorruptBlob, DiskFull, InvalidRequest, NotFound, from_code
 from potluck.wire.values import BlobRef
+from support.tampering import tamper
 
 
 def sha(data: bytes) -> str:
@@ -163,7 +165,8 @@ def test_leftovers_of_a_crash_are_swept_and_blobs_taken_over(store: BlobStore) -
 def test_a_process_killed_while_putting_leaves_nothing_that_counts(tmp_path: Path) -> None:
     code = f"""
 import os, pathlib
-from potluck.blobs.store import BlobStore
+from potluck.blobs import store as blob_store
+from potluck.blobs.store import BlobStore, hash_file, made_up_name
 store = BlobStore(pathlib.Path({str(tmp_path)!r}), 1 << 30)
 store.put_bytes(b"whole")
 with store.new_file() as file:
@@ -529,3 +532,59 @@ def test_blobs_that_are_fetched_at_once_have_room_for_all_their_bytes(tmp_path: 
         disk.counted = first.path.stat().st_blocks * 512
         store.put_bytes(bytes(170_000))
     store.put_bytes(bytes(400_000))
+
+
+def test_a_file_that_was_changed_is_refused_and_thrown_away(store: BlobStore) -> None:
+    ref = store.put_bytes(b"soup")
+    store.pin(ref.sha256)
+    assert store.unchanged(ref.sha256) == store.checked(ref.sha256)
+    tamper(store.folder / ref.sha256)
+    assert store.unchanged(ref.sha256) is None
+    with pytest.raises(CorruptBlob, match="was changed on this disk"):
+        store.read(ref.sha256)
+    assert not store.has(ref.sha256)
+    assert names(store) == set()
+    with pytest.raises(NotFound):
+        store.checked(ref.sha256)
+    assert store.put_bytes(b"soup") == ref
+    assert store.read(ref.sha256) == b"soup"
+
+
+def test_bytes_are_hashed_once_for_each_process_and_change(store: BlobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    ref = store.put_bytes(b"soup")
+    hashed: list[str] = []
+
+    def counted(path: Path) -> tuple[str, int]:
+        hashed.append(path.name)
+        return hash_file(path)
+
+    monkeypatch.setattr(blob_store, "hash_file", counted)
+    for _ in range(3):
+        store.checked(ref.sha256)
+    assert hashed == []
+    again = BlobStore(store.folder, 1000)
+    for _ in range(3):
+        again.checked(ref.sha256)
+    assert hashed == [ref.sha256]
+    os.utime(store.folder / ref.sha256, (1000, 1000))
+    for _ in range(3):
+        again.checked(ref.sha256)
+    assert 2 <= len(hashed) <= 3, "the time of use was old: it was written, and that is a change, too"
+
+
+def test_what_comes_again_takes_the_place_of_a_damaged_file(store: BlobStore, tmp_path: Path) -> None:
+    ref = store.put_bytes(b"soup")
+    for put in (lambda: store.put_bytes(b"soup"), lambda: store.put_file(tmp_path / "soup")):
+        (tmp_path / "soup").write_bytes(b"soup")
+        tamper(store.folder / ref.sha256)
+        put()
+        assert store.read(ref.sha256) == b"soup"
+        assert store.size_bytes == 4
+
+
+def test_a_name_that_was_made_up_is_no_hash(store: BlobStore, tmp_path: Path) -> None:
+    (tmp_path / "soup").write_bytes(b"soup")
+    name = made_up_name()
+    store.adopt(tmp_path / "soup", name)
+    tamper(store.folder / name)
+    assert store.checked(name).exists()
