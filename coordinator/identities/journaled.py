@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from coordinator.identities.members import STREAM, AnyIdentityEvent, Members
 from coordinator.journal import Journal
 
-_MANY = 2_000
+MANY = 2_000
 """A stream with fewer events is not worth a snapshot."""
 
 
@@ -21,14 +21,13 @@ class JournaledMembers:
         self.members = Members()
         self.changes = 0
         """Grows with each change."""
-        count = 0
+        self._events = 0
+        """How many the stream has."""
         for event in journal.replay(STREAM, AnyIdentityEvent):  # type: ignore[arg-type, var-annotated]
             self.members.apply(event)
-            count += 1
+            self._events += 1
         self.members.forget(clock())
-        kept = self.members.snapshot()
-        if count > max(_MANY, 2 * len(kept)):  # each renewal of each member is an event
-            journal.snapshot(STREAM, kept)
+        self._shorten()
 
     def record(self, events: Sequence[AnyIdentityEvent]) -> None:
         """Write events and apply them. Raises Unavailable; then nothing has changed."""
@@ -38,7 +37,18 @@ class JournaledMembers:
         for event in events:
             self.members.apply(event)
         self.changes += 1
+        self._events += len(events)
+        self._shorten()
 
     async def safe(self) -> None:
         """Return when not even a power cut undoes what was recorded. Raises Unavailable."""
         await self._journal.sync()
+
+    def _shorten(self) -> None:
+        """Begin the stream again if most of it is over: each renewal of each member is an event."""
+        most = max(MANY, 2 * (len(self.members.known) + len(self.members.tokens)))
+        if self._events > most:
+            self.members.forget(self.clock())
+            kept = self.members.snapshot()
+            self._journal.snapshot(STREAM, kept)
+            self._events = len(kept)

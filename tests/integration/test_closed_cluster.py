@@ -18,6 +18,7 @@ import pytest
 from potluck.enrolment import enrol
 from potluck.errors import NotAllowed, Unavailable
 from potluck.local_cluster import LocalCluster
+from potluck.net.discovery import Discovery
 from potluck.security import certificates, contexts
 from potluck.wire import tokens
 from potluck.wire.members import (
@@ -39,7 +40,7 @@ NAME = "closed-daemons"
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
     mosquitto_or_skip()
     folder = tmp_path_factory.mktemp("cluster")
-    with LocalCluster(folder, cluster=NAME, nodes=2, discovery=False, closed=True) as running:
+    with LocalCluster(folder, cluster=NAME, nodes=2, closed=True) as running:
         yield running
 
 
@@ -68,6 +69,16 @@ def test_nodes_join_and_are_there(cluster: LocalCluster) -> None:
     answer = cluster.ask(ListMembers())
     assert isinstance(answer, MembersListed)
     assert sorted(one.role for one in answer.members) == ["coordinator", "node", "node", "operator"]
+
+
+async def test_it_is_announced_with_its_ca(cluster: LocalCluster) -> None:
+    async with Discovery(NAME) as discovery:
+        await discovery.wait_for(lambda one: one.role == "coordinator", 10)
+        (found,) = discovery.services("coordinator")
+    ca = certificates.read((cluster.credentials / "ca.crt").read_bytes())
+    assert found.ca == ca.fingerprint.hex()[:16]
+    assert (found.broker_port, found.client_port) == (cluster.broker_port, cluster.client_port)
+    assert found.port == int(cluster.http_url.rpartition(":")[2])
 
 
 def test_without_credentials_there_is_no_answer(cluster: LocalCluster) -> None:

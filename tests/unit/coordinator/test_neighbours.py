@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from dataclasses import replace as replace_service
 from typing import cast
 
 import pytest
@@ -91,6 +92,31 @@ async def test_names_that_are_made_up_starve_nobody_and_fill_nothing() -> None:
     for host in answers:
         await many._look((host, 1883))
     assert len(many.others) == OTHERS_NAMED
+
+
+def of_clusters(mine: str, **others: str) -> Neighbours:
+    """Neighbours of a cluster with this CA, where coordinators of others with these CAs are around, by host."""
+
+    class Around(Seen):
+        def services(self, role: str) -> list[Service]:
+            return [replace_service(one, ca=others[one.host], client_port=8884) for one in around(*others)]
+
+    own = Service("me", "c", "coordinator", "me", 1, 1883, ca=mine, client_port=8884)
+    seen = cast(Discovery, Around())
+    return Neighbours(seen, own, Topics("c"), lambda: OLD, Credentials(), BusTimings())
+
+
+def test_nobody_visits_a_bus_of_another_ca(caplog: pytest.LogCaptureFixture) -> None:
+    ours, theirs = "0123456789abcdef", "fedcba9876543210"
+    found = of_clusters(ours, copied=ours, other=theirs, plain="")._choose(time.monotonic())
+    # on the port for clients: on the other one we would end the connection of a coordinator with our name
+    assert found == [("copied", 8884)]
+    named = [one.message for one in caplog.records if "another CA" in one.message]
+    assert [("host=other" in one, theirs in one, "it is open" in one) for one in sorted(named)] == [
+        (True, True, False),
+        (False, False, True),
+    ]
+    assert of_clusters("", closed=ours, plain="")._choose(time.monotonic()) == [("plain", 1883)]
 
 
 async def test_who_does_not_answer_is_asked_again_soon_then_less_often() -> None:
