@@ -78,6 +78,35 @@ def test_any_text_as_reply_to_is_accepted_or_refused(topic: str) -> None:
     assert not set(accepted) & set("+#\0")
 
 
+@given(
+    st.one_of(
+        st.text(),
+        st.lists(st.sampled_from(["potluck", "v1", "lab-1", "clients", "ann", "bob", "to", "inbox", "s", "", "+"])).map(
+            "/".join
+        ),
+    )
+)
+def test_with_a_caller_only_its_own_inboxes_are_accepted(rest: str) -> None:
+    own = "potluck/v1/lab-1/clients/ann/"
+    for topic in (rest, own + rest, f"{own}{rest}/inbox"):
+        try:
+            accepted = TOPICS.check_reply_to(topic, "client:ann")
+        except InvalidRequest:
+            continue
+        session = accepted.removeprefix(own).removesuffix("/inbox")
+        assert accepted == f"{own}{session}/inbox"
+        assert session not in ("", "to")
+        assert not set(session) & set("/+#")
+        assert TOPICS.asked_by(accepted) == ("", accepted), "an answer can never be taken for a question"
+
+
+def test_what_a_client_reads_is_accepted() -> None:
+    inbox = Topics("lab-1", "ann").client_inbox("client-9c3e61b02d47")
+    assert TOPICS.check_reply_to(inbox, "client:ann") == inbox
+    with pytest.raises(InvalidRequest, match="client:bob may use only potluck/v1/lab-1/clients/bob/"):
+        TOPICS.check_reply_to(inbox, "client:bob")
+
+
 @pytest.mark.parametrize(
     ("topic_filter", "topic", "expected"),
     [
