@@ -271,13 +271,17 @@ def typed(command: str, cluster: str) -> str:
     return command if cluster == NetworkSettings().cluster else f"{command} --cluster {cluster}"
 
 
+def state_path(configured: str, daemon: str) -> Path:
+    """Where the daemon's folder is: the configured one, systemd's StateDirectory, or one below XDG_STATE_HOME (XDG base dir spec)."""
+    if folder := configured or os.environ.get("STATE_DIRECTORY", "").split(":")[0]:
+        return Path(folder)
+    base = os.environ.get("XDG_STATE_HOME") or str(Path("~/.local/state").expanduser())
+    return Path(base) / "potluck" / daemon
+
+
 def state_folder(configured: str, daemon: str) -> Path:
-    """The daemon's folder, made if needed: the configured one, systemd's StateDirectory, or one below XDG_STATE_HOME (XDG base dir spec)."""
-    folder = configured or os.environ.get("STATE_DIRECTORY", "").split(":")[0]
-    if not folder:
-        base = os.environ.get("XDG_STATE_HOME") or str(Path("~/.local/state").expanduser())
-        folder = str(Path(base) / "potluck" / daemon)
-    path = Path(folder)
+    """The folder at `state_path`, made if needed. Raises InvalidSettings."""
+    path = state_path(configured, daemon)
     try:
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:

@@ -25,7 +25,6 @@ from potluck.settings import (
     NetworkSettings,
     NodeSettings,
     check_coordinator,
-    check_listen,
     parse_address,
 )
 from potluck.toml_lines import Keys, lines_of_keys
@@ -372,7 +371,6 @@ def _unusable(settings: NetworkSettings) -> Iterator[tuple[Keys, str]]:
             why = f"service.memory_high_bytes is {high}, more than service.memory_bytes ({most}): it would do nothing"
             yield ("service", "memory_high_bytes"), why
     if isinstance(settings, NodeSettings):
-        yield from tried(("listen", "host"), lambda: check_listen(settings.listen))
         if len(settings.data) > NODE_DATA_LIMIT:
             yield (
                 ("data",),

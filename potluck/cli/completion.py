@@ -123,6 +123,40 @@ def deployments(context: typer.Context, incomplete: str) -> Found:
     return _offered(context, incomplete, ask)
 
 
+def nodes(context: typer.Context, incomplete: str) -> Found:
+    """Nodes by id."""
+
+    async def ask(connection: Connection) -> Found:
+        from potluck.client import listings
+
+        return [(node.node_id, node.state) for node in (await listings.nodes(connection))[0]]
+
+    return _offered(context, incomplete, ask)
+
+
+def clients(context: typer.Context, incomplete: str) -> Found:
+    """Clients of a closed cluster by name."""
+
+    async def ask(connection: Connection) -> Found:
+        from potluck.client import listings
+
+        found = [one for one in await listings.members(connection) if not one.removed_at]
+        return [(name, one.role) for one in found if (name := one.identity.removeprefix("client:")) != one.identity]
+
+    return _offered(context, incomplete, ask)
+
+
+def tokens(context: typer.Context, incomplete: str) -> Found:
+    """Join tokens by id."""
+
+    async def ask(connection: Connection) -> Found:
+        from potluck.wire.members import ListTokens, TokensListed
+
+        return [(one.token_id, one.role) for one in (await connection.ask(ListTokens(), TokensListed)).tokens]
+
+    return _offered(context, incomplete, ask)
+
+
 def datasets(context: typer.Context, incomplete: str) -> Found:
     """Registered data sets."""
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from potluck.credentials import Credentials
 from potluck.net.addresses import lan_addresses
 from potluck.net.discovery import Service
-from potluck.settings import state_folder
+from potluck.settings import state_folder, state_path
 from potluck.sole_use import WHATS, User, clock_text, user_of, users_here
 from potluck.wire.addresses import address
 
@@ -52,6 +52,11 @@ class Unit:
 def folder_of(state_dir: Path | None, what: str) -> Path:
     """The state folder of `node`, `coordinator` or `up` for this `--state-dir`."""
     return state_folder(str(state_dir / what) if state_dir is not None else "", what)
+
+
+def path_of(state_dir: Path | None, what: str) -> Path:
+    """Where that folder is; it is not made."""
+    return state_path(str(state_dir / what) if state_dir is not None else "", what)
 
 
 def users(state_dir: Path | None, whats: Iterable[str] = WHATS) -> list[User]:

@@ -15,14 +15,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 
 from potluck import lifecycle
-from potluck.cli import here
+from potluck.cli import closing, here
 from potluck.cli.notices import Notices
 from potluck.cli.plan import Plan, already
 from potluck.credentials import Credentials
-from potluck.errors import GaveWay, Unavailable
+from potluck.errors import GaveWay, NotAuthenticated, Unavailable
 from potluck.logs import fields
 from potluck.net.addresses import lan_addresses, reachable_addresses
-from potluck.net.discovery import Discovery, Service
+from potluck.net.discovery import Discovery, Service, closed_text
 from potluck.settings import is_loopback, parse_address, typed
 from potluck.sole_use import sole_use
 from potluck.wire.addresses import address
@@ -63,6 +63,8 @@ class Joining:
         self._plan = plan
         self._say = say
         self._credentials = Credentials.of_client()
+        self._leads = False
+        """Whether this machine has the CA of its closed cluster."""
         self._children: list[Child] = []
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -92,9 +94,12 @@ class Joining:
             raise first_of(error)
 
     async def _work(self) -> None:
-        network = self._plan.network
         async with AsyncExitStack() as claims, asyncio.TaskGroup() as tasks:
-            if network.seeds:
+            await self._choose()
+            network = self._plan.network
+            if self._plan.closed:
+                await self._work_closed(claims, tasks)
+            elif network.seeds:
                 self._say(f"joining cluster {network.cluster!r} at {', '.join(network.seeds)}")
                 await self._check_alone_at_seeds()
             else:
@@ -113,6 +118,55 @@ class Joining:
             status = typed("potluck status", self._plan.network.cluster)
             self._say(f"this machine's node starts. `{status}` shows the cluster; Ctrl-C leaves it")
 
+    async def _choose(self) -> None:
+        """Find out whether this machine belongs to a closed cluster, or shall found one; else everything stays as asked for.
+
+        Raises NotAuthenticated where there is a closed cluster that it does not belong to.
+        """
+        plan = self._plan
+        known, self._leads = closing.member(plan), closing.founded(plan)
+        if known is not None or self._leads:
+            self._plan = closing.as_closed(plan, known.cluster if known is not None else plan.network.cluster)
+            return
+        if plan.asked or plan.network.seeds or not plan.network.discovery.enabled:
+            return
+        found = await closing.look(plan)
+        if found is not None and found.ca:
+            raise NotAuthenticated(closed_text(plan.network.cluster))
+        if found is not None:
+            return
+        if why := closing.why_not():
+            self._say(f"only this machine will be served: {why}")
+            return
+        self._plan = closing.as_closed(plan, plan.network.cluster)
+
+    async def _work_closed(self, claims: AsyncExitStack, tasks: asyncio.TaskGroup) -> None:
+        """Start what this machine is in its closed cluster: its coordinator, and what its node needs. Raises PotluckError."""
+        plan = self._plan
+        cluster, known = plan.network.cluster, closing.member(plan)
+        if known is not None:
+            self._say(f"this machine is {known.identity} of the closed cluster {cluster!r}")
+        founds = known is None and not self._leads
+        if founds:
+            self._say(f"looking for cluster {cluster!r} ({plan.network.discovery.window_seconds:g} s)")
+            if not await self._settle(claims):
+                raise NotAuthenticated(closed_text(cluster))
+        if founds or self._leads:
+            began = time.time()
+            await self._start_coordinator(tasks)
+            where = await closing.operator(plan, began)
+            if known is None:
+                await closing.enrol_node(plan, where, closing.own_name(plan.state_dir))
+            if founds:
+                shown = await closing.shared_token(plan, where)
+                self._say(
+                    f"this machine founded the closed cluster {cluster!r}. To let others in, type there within an hour (at most "
+                    f"{closing.SHARED_USES}), once potluck is installed:\n    potluck join {shown}"
+                )
+            else:
+                self._say(f"`{typed('potluck token create', cluster)}` makes a token that lets another machine join")
+        await claims.aclose()
+
     async def _look_around(self, until: AsyncExitStack) -> Discovery | None:
         """The network's services where this machine only serves itself: a user who forgot --insecure is told what is there."""
         if not self._plan.private or not lan_addresses():
@@ -127,7 +181,7 @@ class Joining:
         self._plan.check_ports()
         tasks.create_task(self._child("coordinator").run(), name="coordinator")
         found = await self._coordinator_service()
-        gateway = address(found.host, found.port, self._credentials.scheme)
+        gateway = address(found.host, found.port, "https" if self._plan.closed else self._credentials.scheme)
         self._say(f"started the broker {found.host}:{found.broker_port} and the gateway {gateway}")
 
     def _say_who_is_served(self) -> None:
@@ -147,7 +201,8 @@ class Joining:
             self._say(f"and on the other machines:\n    {others}")
 
     def _child(self, daemon: str) -> Child:
-        child = Child(daemon, [sys.executable, *LAUNCHER, daemon, *self._plan.flags(daemon)], self._say)
+        command = [sys.executable, *LAUNCHER, daemon, *self._plan.flags(daemon)]
+        child = Child(daemon, command, self._say, self._plan.environment(daemon))
         self._children.append(child)
         return child
 
@@ -243,7 +298,10 @@ class Child:
     `say` gets its status whenever that changes.
     """
 
-    def __init__(self, name: str, command: list[str], say: Callable[[str], None]) -> None:
+    def __init__(
+        self, name: str, command: list[str], say: Callable[[str], None], environment: Mapping[str, str] | None = None
+    ) -> None:
+        self._environment = dict(environment or {})
         self._name = name
         self._command = command
         self._say = say
@@ -284,7 +342,7 @@ class Child:
         self._process = await asyncio.create_subprocess_exec(
             *self._command,
             stdin=asyncio.subprocess.DEVNULL,
-            env=os.environ | environment,
+            env={**os.environ, **self._environment, **environment},
             preexec_fn=lifecycle.die_with_parent(),
             start_new_session=True,
         )

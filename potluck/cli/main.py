@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from potluck.cli import completion, interrupts
+from potluck.cli.clients import clients
 from potluck.cli.config import config
 from potluck.cli.data import data
 from potluck.cli.evaluate import evaluate
@@ -17,6 +18,7 @@ from potluck.cli.events import events
 from potluck.cli.files import files
 from potluck.cli.infer import infer
 from potluck.cli.jobs import cancel, job, jobs, stop
+from potluck.cli.join import join
 from potluck.cli.models import deploy, deployments, promote, rollback, undeploy
 from potluck.cli.nodes import nodes
 from potluck.cli.predict import predict
@@ -25,6 +27,7 @@ from potluck.cli.service import service
 from potluck.cli.session import Session, begin, global_options_first
 from potluck.cli.status import status
 from potluck.cli.suggesting import Command, CommandGroup
+from potluck.cli.token import token
 from potluck.cli.train import train
 from potluck.cli.up import up
 from potluck.errors import PotluckError
@@ -36,13 +39,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Machines on a network train, deploy and serve Keras models together.",
-    epilog="--seed, --cluster, --timeout, --verbose and --debug may stand before or after the command.",
+    epilog="--seed, --cluster, --timeout, --credentials, --verbose and --debug may stand before or after the command.",
 )
 for command in (
-    up, status, nodes, events, train, evaluate, predict, jobs, job, stop, cancel, deploy, promote, rollback, undeploy, deployments,
+    up, join, status, events, train, evaluate, predict, jobs, job, stop, cancel, deploy, promote, rollback, undeploy, deployments,
     infer, files,
 ):  # fmt: skip
     app.command(cls=Command)(command)
+app.add_typer(nodes, name="nodes")
+app.add_typer(clients, name="clients")
+app.add_typer(token, name="token")
 app.add_typer(models, name="models")
 app.add_typer(data, name="data")
 app.add_typer(config, name="config")
@@ -67,6 +73,13 @@ def options(
     timeout: Annotated[
         float | None, typer.Option(min=0.1, metavar="SECONDS", help="How long to wait for an answer (default: 30).")
     ] = None,
+    credentials: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Credentials of a closed cluster (default: where `potluck join` put them); none: the cluster is open.",
+        ),
+    ] = None,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Say more: what a training strategy computes and does.")
     ] = False,
@@ -77,7 +90,7 @@ def options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    begin(context, Session(seed, cluster, timeout, verbose, debug))
+    begin(context, Session(seed, cluster, timeout, verbose, debug, credentials))
     if debug:
         from potluck import logs
 

@@ -24,17 +24,30 @@ class Plan:
     data: tuple[str, ...] = ()
     """`NAME=PATH` of data that live on this machine."""
     gateway_port: int | None = None
+    asked: bool = True
+    """Whether the user said how the machine is to listen; else `potluck up` finds out what fits."""
+    closed: bool = False
+    """Whether this machine is a member of a closed cluster, or founds one."""
+
+    def environment(self, daemon: str) -> dict[str, str]:
+        """What a daemon gets beside its command line."""
+        if not self.closed or daemon != "coordinator":
+            return {}
+        found = {"POTLUCK_CLOSED": "true"}
+        if self.broker_port is not None:
+            found["POTLUCK_BROKER__CLOSED_PORT"] = str(self.broker_port)
+        return found
 
     def flags(self, daemon: str) -> list[str]:
         """The command line of a daemon, after its module's name."""
         flags = ["--cluster", self.network.cluster, "--listen", self.listen.host, "--log-level", self.log_level]
-        for seed in self.network.seeds:
+        for seed in self.network.seeds if daemon == "node" or not self.closed else ():
             flags += ["--seed", seed]
         if self.listen.insecure:
             flags.append("--insecure")
         if self.state_dir is not None:
             flags += ["--state-dir", str(self.state_dir / daemon)]
-        if daemon == "coordinator" and self.broker_port is not None:
+        if daemon == "coordinator" and self.broker_port is not None and not self.closed:
             flags += ["--broker-port", str(self.broker_port)]
         if daemon == "coordinator" and self.gateway_port is not None:
             flags += ["--port", str(self.gateway_port)]

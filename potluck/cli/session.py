@@ -8,13 +8,16 @@ from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
 if TYPE_CHECKING:
     from potluck.client import Client
-    from potluck.wire.values import ImageOptions
+    from potluck.settings import ClientSettings
+    from potluck.wire.values import ImageOptions, Message
+
+M = TypeVar("M", bound="Message")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard output, and nothing else.")]
 ImageSize = Annotated[
@@ -30,7 +33,7 @@ ImageSize = Annotated[
 _IMAGE = re.compile(
     r"(?P<height>0*[1-9]\d*)x(?P<width>0*[1-9]\d*)(x(?P<channels>0*[1-9]\d*))?(:(?P<scale>\d+(\.\d+)?))?", re.ASCII
 )
-_WITH_VALUE = ("--seed", "--cluster", "--timeout")
+_WITH_VALUE = ("--seed", "--cluster", "--timeout", "--credentials")
 _FLAGS = ("--debug", "--verbose", "-v")
 
 
@@ -43,12 +46,32 @@ class Session:
     timeout: float | None = None
     verbose: bool = False
     debug: bool = False
+    credentials: str | None = None
 
     def client(self) -> Client:
         """A client for a `with` statement. Imported here, because its import is heavy."""
         from potluck.client import Client
 
-        return Client(self.seed, cluster=self.cluster, timeout=self.timeout)
+        return Client(self.seed, cluster=self.cluster, timeout=self.timeout, credentials=self.credentials)
+
+    def settings(self) -> ClientSettings:
+        """The settings of such a client. Raises InvalidSettings."""
+        from potluck.client.connection import client_settings
+
+        return client_settings(self.seed, self.cluster, self.timeout, self.credentials)
+
+    def ask(self, question: Message, answer: type[M]) -> M:
+        """The coordinator's answer to one question. Raises a PotluckError."""
+        import asyncio
+
+        from potluck.client.connection import Connection
+        from potluck.client.membership import membership
+
+        async def asked() -> M:
+            async with Connection.of(membership(self.settings())) as connection:
+                return await connection.ask(question, answer)
+
+        return asyncio.run(asked())
 
 
 _present: ContextVar[Session] = ContextVar("session", default=Session())  # noqa: B039 - frozen
@@ -61,10 +84,16 @@ def begin(context: typer.Context, given: Session) -> None:
 
 
 def same_cluster(command: str) -> str:
-    """A command as the user must type it to reach the present cluster: with --seed and --cluster where they were given."""
+    """A command as the user must type it to reach the present cluster: with --seed, --cluster and --credentials where they were given."""
     given = _present.get()
     options = [
-        f" {option} {value}" for option, value in (("--seed", given.seed), ("--cluster", given.cluster)) if value
+        f" {option} {value}"
+        for option, value in (
+            ("--seed", given.seed),
+            ("--cluster", given.cluster),
+            ("--credentials", given.credentials),
+        )
+        if value
     ]
     return command + "".join(options)
 

@@ -30,11 +30,10 @@ def status(context: typer.Context, as_json: Json = False) -> None:
 
     from potluck.cli import here, output
     from potluck.cli.listing import Facts
-    from potluck.client.connection import client_settings
     from potluck.client.health import examine
 
     given = session(context)
-    found = asyncio.run(examine(client_settings(given.seed, given.cluster, given.timeout)))
+    found = asyncio.run(examine(given.settings()))
     local = [str(one) for one in here.running()]
     if as_json:
         output.emit({"healthy": not found.problems, **output.plain(found), "here": local})

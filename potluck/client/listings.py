@@ -8,6 +8,7 @@ from typing import TypeVar
 from msgspec.structs import replace
 
 from potluck.client.connection import Connection
+from potluck.wire.members import ListMembers, MemberInfo, MembersListed
 from potluck.wire.questions import (
     DatasetInfo,
     DatasetsListed,
@@ -82,6 +83,16 @@ async def nodes(connection: Connection) -> tuple[tuple[NodeInfo, ...], float]:
         return answer.nodes, answer.more
 
     return await _all(ask), sent_at
+
+
+async def members(connection: Connection) -> tuple[MemberInfo, ...]:
+    """The members of a closed cluster by identity, with those that were removed in the last days."""
+
+    async def ask(last: MemberInfo | None) -> tuple[Sequence[MemberInfo], bool]:
+        answer = await connection.ask(ListMembers(after=last.identity if last is not None else ""), MembersListed)
+        return answer.members, answer.more
+
+    return await _all(ask)
 
 
 async def _all(ask: Callable[[T | None], Awaitable[tuple[Sequence[T], bool]]]) -> tuple[T, ...]:

@@ -14,11 +14,12 @@ from typing import Any
 import msgspec
 
 from potluck import whole_files
+from potluck.credentials import FOLDER
 from potluck.errors import InvalidSettings
 from potluck.net.broker import choose
 from potluck.service import checking, dropin, gpus, settings_file, shipped, systemd
 from potluck.service.checking import KINDS, Daemon
-from potluck.settings import CoordinatorSettings, NodeSettings
+from potluck.settings import CoordinatorSettings, NodeSettings, check_listen
 from potluck.settings_sources import toml
 
 DAEMONS: tuple[Daemon, ...] = ("coordinator", "node")
@@ -46,10 +47,19 @@ class Installed:
     settings: CoordinatorSettings | NodeSettings
 
 
-def install(daemons: tuple[Daemon, ...], changes: Mapping[str, settings_file.Value]) -> list[Installed]:
+def credentials() -> Path | None:
+    """The folder with the credentials of the node's service; None: it is no member of a closed cluster."""
+    folders = (state / "potluck-node" / FOLDER for state in (STATE / "private", STATE))
+    return next((folder for folder in folders if (folder / "node.pem").exists()), None)
+
+
+def install(
+    daemons: tuple[Daemon, ...], changes: Mapping[str, settings_file.Value], *, joins: bool = False
+) -> list[Installed]:
     """Write settings, units and drop-ins of these daemons, and (re)start them.
 
     `changes` are settings (dotted keys) that differ from the file or the example. Everything is checked before anything is written.
+    `joins`: the node has been given a join token.
     Raises InvalidSettings for wrong settings and a place of installation that a service cannot read, Unavailable where no broker is.
     """
     places = dropin.roots()
@@ -69,6 +79,8 @@ def install(daemons: tuple[Daemon, ...], changes: Mapping[str, settings_file.Val
         settings, code = _checked(daemon, text, known, file)
         code = [place for place in code if place in dropin.outermost([*places, *code])]
         dropin.check_readable(code)
+        if isinstance(settings, NodeSettings) and not joins and credentials() is None:
+            check_listen(settings.listen)
         if isinstance(settings, CoordinatorSettings) and not settings.seeds:
             choose(settings.broker.mode)
         command = [str(programs[daemon]), "--config", str(file)]
@@ -127,6 +139,14 @@ def _is_toml(text: str) -> bool:
 
 def _by_hand(settings: Iterable[str], file: Path) -> InvalidSettings:
     return InvalidSettings(f"{', '.join(settings)} could not be changed in {file}: write it there by hand")
+
+
+def present(daemon: Daemon) -> CoordinatorSettings | NodeSettings:
+    """The settings that the daemon's service has now, or those of the example. Raises InvalidSettings."""
+    file = SETTINGS / f"{daemon}.toml"
+    if not file.exists():
+        file = shipped.folder() / "configs" / file.name
+    return checking.settings(daemon, file, systemd.environment(unit(daemon)))[0]
 
 
 def _checked(

@@ -62,7 +62,7 @@ def lines(path: Path) -> list[str]:
 
 @asynccontextmanager
 async def started(folder: Path, cluster: str, *options: str) -> AsyncIterator[asyncio.subprocess.Process]:
-    command = [sys.executable, "-P", "-c", RUN, "up", "--cluster", cluster, *options]
+    command = [sys.executable, "-P", "-c", RUN, "up", "--loopback", "--cluster", cluster, *options]
     with (folder / "log").open("ab") as log:
         process = await asyncio.create_subprocess_exec(
             *command, cwd=folder, stdout=log, stderr=log, env=os.environ | {"PYTHONPATH": str(folder / "installed")}

@@ -1,0 +1,175 @@
+"""How `potluck up` treats closed clusters: whether this machine is a member of one, may found one, or must be let in first."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import time
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from msgspec.structs import replace
+
+from potluck.cli import here
+from potluck.cli.plan import Plan
+from potluck.credentials import FOLDER
+from potluck.errors import InvalidSettings, PotluckError, Unavailable
+from potluck.net.addresses import lan_addresses
+from potluck.net.broker import find_mosquitto
+from potluck.net.discovery import Discovery, Service
+from potluck.settings import ClientSettings, Listen, NetworkSettings, short_hostname
+from potluck.wire.topics import NODE_ID
+
+if TYPE_CHECKING:
+    from potluck.security.cluster_file import ClusterFile
+    from potluck.wire.members import CreateToken
+
+EVERYWHERE = "0.0.0.0"  # noqa: S104 - members only are let in
+HERE_SECONDS = 0.7
+"""An mDNS query hears of services on the same machine within this time."""
+FOUND_SECONDS = 60.0
+"""How long a coordinator may take until it serves: it makes keys, and a slow machine takes its time."""
+LOOK_SECONDS = 0.1
+SHARED_USES = 10
+SHARED_SECONDS = 3600.0
+"""The token that the founder shows: for so many machines, for so long."""
+
+
+def member(plan: Plan) -> ClusterFile | None:
+    """What this machine's node knows of the closed cluster that it belongs to; None: it belongs to none.
+
+    Raises InvalidSettings where that cannot be read, and where the user asks for something else.
+    """
+    where = here.path_of(plan.state_dir, "node") / FOLDER
+    if not (where / "node.pem").exists():
+        return None
+    from potluck.security import cluster_file
+
+    known = cluster_file.read(where)
+    if plan.network.cluster not in (known.cluster, NetworkSettings().cluster):
+        raise _wrong(f"--cluster {plan.network.cluster}", known.cluster, where)
+    if plan.listen.insecure:
+        raise _wrong("--insecure", known.cluster, where)
+    return known
+
+
+def _wrong(given: str, cluster: str, where: Path) -> InvalidSettings:
+    return InvalidSettings(
+        f"{given} was given, but this machine belongs to the closed cluster {cluster!r}, by the credentials in {where}: leave it out, or give "
+        "another --state-dir"
+    )
+
+
+def founded(plan: Plan) -> bool:
+    """Whether this machine has the CA of a closed cluster: it leads it. Raises InvalidSettings where the user asks for something else."""
+    where = here.path_of(plan.state_dir, "coordinator") / FOLDER
+    if not (where / "ca.key").exists():
+        return False
+    if plan.listen.insecure:
+        raise _wrong("--insecure", plan.network.cluster, where)
+    return True
+
+
+def own_name(state_dir: Path | None) -> str:
+    """The name of this machine's node: the id that it has already, or a new one."""
+    file = here.path_of(state_dir, "node") / "node-id"
+    try:
+        kept = file.read_text(errors="replace").strip()
+    except OSError:
+        kept = ""
+    return kept if NODE_ID.fullmatch(kept) else f"{short_hostname()}-{uuid.uuid4().hex[:6]}"
+
+
+def as_closed(plan: Plan, cluster: str) -> Plan:
+    """The plan of a machine in this closed cluster: it listens on the network, unless the user said where."""
+    listen = plan.listen if plan.asked else Listen(host=EVERYWHERE)
+    return dataclasses.replace(plan, closed=True, listen=listen, network=replace(plan.network, cluster=cluster))
+
+
+def why_not() -> str:
+    """Why this machine cannot found a closed cluster; "": it can."""
+    if not lan_addresses():
+        return "this machine is on no network"
+    if find_mosquitto() is None:
+        return "to serve the network, install mosquitto (apt install mosquitto) and start this again"
+    return ""
+
+
+async def look(plan: Plan) -> Service | None:
+    """A coordinator of this cluster's name, on this machine's loopback or on the network; None: there is none."""
+    window = plan.network.discovery.window_seconds
+
+    async def heard(host: str, seconds: float) -> Service | None:
+        with contextlib.suppress(Unavailable):  # no multicast: nothing can be seen there
+            async with Discovery(plan.network.cluster, listen_host=host) as discovery:
+                return await discovery.wait_for(lambda one: one.role == "coordinator" and one.broker_port > 0, seconds)
+        return None
+
+    seeking = [asyncio.create_task(heard("127.0.0.1", HERE_SECONDS))]
+    if lan_addresses():
+        seeking.append(asyncio.create_task(heard(EVERYWHERE, window)))
+    try:
+        for first in asyncio.as_completed(seeking):
+            if (found := await first) is not None:
+                return found
+        return None
+    finally:
+        for task in seeking:
+            task.cancel()
+        await asyncio.gather(*seeking, return_exceptions=True)
+
+
+async def operator(plan: Plan, since: float) -> Path:
+    """The folder of this machine's operator, once the coordinator that started at `since` (Unix time) has written where it is.
+
+    Raises Unavailable.
+    """
+    where = here.path_of(plan.state_dir, "coordinator") / "operator"
+    file = where / "cluster.toml"
+    deadline = time.monotonic() + FOUND_SECONDS
+    while time.monotonic() < deadline:
+        if file.exists() and file.stat().st_mtime >= since and (where / "client.pem").exists():
+            return where
+        await asyncio.sleep(LOOK_SECONDS)
+    raise Unavailable(
+        f"the coordinator does not serve within {FOUND_SECONDS:g} s: its output above says why; --log-level INFO says more"
+    )
+
+
+async def token(plan: Plan, where: Path, question: CreateToken) -> str:
+    """A new join token, asked for with the credentials in this folder. Raises PotluckError."""
+    from potluck.client.connection import Connection
+    from potluck.client.membership import membership
+    from potluck.wire.members import TokenCreated
+
+    settings = ClientSettings(cluster=plan.network.cluster, credentials=str(where))
+    deadline = time.monotonic() + FOUND_SECONDS
+    while True:
+        try:
+            async with Connection.of(membership(settings)) as connection:
+                return (await connection.ask(question, TokenCreated)).token
+        except PotluckError as error:
+            # It may have written where it is before it listens there.
+            if not error.retryable or time.monotonic() > deadline:
+                raise
+            await asyncio.sleep(LOOK_SECONDS)
+
+
+async def enrol_node(plan: Plan, where: Path, name: str) -> None:
+    """Make this machine's node a member of the cluster that this machine leads. Raises PotluckError."""
+    from potluck.enrolment import enrol
+    from potluck.wire import tokens
+    from potluck.wire.members import CreateToken
+
+    made = tokens.parse(await token(plan, where, CreateToken(role="node", ttl_seconds=600.0, name=name)))
+    # The coordinator is here, whatever addresses the token names for others.
+    (await enrol(made, name)).save_as("node", here.folder_of(plan.state_dir, "node") / FOLDER)
+
+
+async def shared_token(plan: Plan, where: Path) -> str:
+    """A token for other machines, to show. Raises PotluckError."""
+    from potluck.wire.members import CreateToken
+
+    return await token(plan, where, CreateToken(role="node", ttl_seconds=SHARED_SECONDS, uses=SHARED_USES))
