@@ -24,8 +24,8 @@ RESEND_TURNS = 4
 The pauses stay well below the time after which a lease without news is given to another node."""
 
 REPORTS_RENEWED = 30
-"""How often the lease of an outcome is renewed until the outcome is acknowledged: longer than the pauses between reports. Not for ever, because
-a coordinator that cannot read the outcome must give the lease to another node."""
+"""For how many turns the lease of an outcome is renewed until the outcome is acknowledged: longer than the pauses between reports. Not for
+ever, because a coordinator that cannot read the outcome must give the lease to another node."""
 REPORTS_RENEWED_AT_ONCE = 5
 """With those that are not reported yet, as many as a coordinator reads of one message."""
 
@@ -81,8 +81,10 @@ class _Held:
     outcome: Outcome | None = None
     turns: int = 0
     """How often it was due to report the outcome again."""
+    turns_held: int = 0
+    """How often leases were renewed since there is an outcome."""
     renewals: int = 0
-    """How often the lease was renewed since there is an outcome."""
+    """How often this one was renewed then."""
 
 
 @dataclass
@@ -228,11 +230,15 @@ class Assignments:
 
     def on_renewal_due(self) -> list[Effect]:
         """Renew all leases in one message, named for the lease that has news."""
-        reported = [one for one in self.held.values() if one.state == "reporting" and one.renewals < REPORTS_RENEWED]
-        reported = sorted(reported, key=lambda one: one.renewals)[:REPORTS_RENEWED_AT_ONCE]
-        for one in reported:
+        reporting = [one for one in self.held.values() if one.state == "reporting"]
+        for one in reporting:
+            one.turns_held += 1
+        # Most outcomes are acknowledged before the first turn is over. The coordinator has ended those leases, and would say so.
+        late = [one for one in reporting if 1 < one.turns_held <= REPORTS_RENEWED]
+        late = sorted(late, key=lambda one: one.renewals)[:REPORTS_RENEWED_AT_ONCE]
+        for one in late:
             one.renewals += 1
-        return self._renewal([*self._unreported(), *(one.lease.attempt_id for one in reported)])
+        return self._renewal([*self._unreported(), *(one.lease.attempt_id for one in late)])
 
     def _unreported(self) -> list[str]:
         return [attempt_id for attempt_id, one in self.held.items() if one.state != "reporting"]
@@ -257,7 +263,7 @@ class Assignments:
     def on_connected(self) -> list[Effect]:
         """We are on the bus again: renew all leases and report all outcomes, for a coordinator may wait for them."""
         for held in self.held.values():
-            held.renewals = 0
+            held.turns_held = 0
         return [
             *self._renewal(self._unreported()),
             *(Send(held.outcome) for held in self.held.values() if held.outcome is not None),
