@@ -154,6 +154,7 @@ class Node:
         if self._own_data is not None:
             known = self._own_data.announced, self._own_data.missing
             self._own_data.change(settings.data)
+            self._executor.recheck()
             if known != (self._own_data.announced, self._own_data.missing):
                 self._data_changed.set()
             self._to_pack.set()

@@ -69,6 +69,8 @@ class _Attempt:
     withdrawn: asyncio.Event = field(default_factory=asyncio.Event)
     engine: Engine | None = None
     task: asyncio.Task[None] | None = None
+    forbidden: PotluckError | None = None
+    """Why this node stops it, though the coordinator has not withdrawn it."""
     since: float = 0.0
     """Since when it computes, on the monotonic clock."""
     done: int = 0
@@ -154,6 +156,17 @@ class Executor:
             attempt.withdrawn.set()
             self._tasks.create_task(outlived(self._stop(attempt), "stop of an attempt"), name=f"stop {attempt_id}")
 
+    def recheck(self) -> None:
+        """The settings of this node's data have changed: stop an attempt that they no longer allow."""
+        attempt = self._running
+        if attempt is None or attempt.task is None or attempt.task.done():
+            return
+        try:
+            self._own_data.check(attempt.lease.task)
+        except PotluckError as error:
+            attempt.forbidden = error
+            self.stop(attempt.lease.attempt_id)
+
     @property
     def computing(self) -> bool:
         """Whether the engine works on a task, which could give way."""
@@ -196,7 +209,7 @@ class Executor:
             self._own_data.check(lease.task)  # its settings may have changed meanwhile
             outcome = await self._report(attempt_id, result)
         except Exception as error:  # noqa: BLE001 - a defect that one job meets must not end the node with all it holds
-            failure = as_defect(error, "a shard")
+            failure = attempt.forbidden or as_defect(error, "a shard")
             where = fields(job=lease.job_id, attempt=attempt_id, code=failure.code, reason=failure.message)
             log.info("shard failed %s", where)
             outcome = ShardFailed(attempt_id=attempt_id, error=error_info(failure))

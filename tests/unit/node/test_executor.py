@@ -300,6 +300,28 @@ async def test_what_was_found_in_own_data_stays_here_if_that_is_no_longer_allowe
     assert (tmp_path / "data" / own).exists()
 
 
+async def test_an_attempt_that_is_no_longer_allowed_is_stopped(bench: Bench, tmp_path: Path) -> None:
+    bench.keep(b"model", b"weights")
+    np.savez(tmp_path / "a.npz", x=np.zeros((4, 2), np.float32), y=np.arange(4))
+    given = NodeDataSettings(path=str(tmp_path / "a.npz"))
+    bench.own_data.change({"mine": given})
+    assert bench.own_data.pack("mine")
+    bench.executor.recheck()
+    bench.engine.gate.clear()
+    bench.executor.start(lease(replace(evaluation(), node_data="mine")))
+    await eventually(lambda: bench.engine.ran)
+    bench.executor.recheck()
+    assert bench.engine.did == []
+    bench.own_data.change({})
+    bench.executor.recheck()
+    code, message = await bench.error()
+    assert (code, bench.engine.did) == ("unavailable", ["cancel"])
+    assert "no data named 'mine' any more" in message
+    bench.executor.recheck()
+    await asyncio.sleep(0)
+    assert bench.engine.did == ["cancel"]
+
+
 async def test_the_first_attempt_of_a_job_says_what_it_waits_for(bench: Bench) -> None:
     bench.keep(b"model", b"weights")
     bench.slot.up.clear()
