@@ -10,7 +10,7 @@ OLD := -W ignore::DeprecationWarning -W ignore::UserWarning
 EXTRAS := engine,litert,broker,tfrecord,parquet,demo
 INSTALL := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check $(NEWEST) $(LIMITS:%=--constraint=%)
 
-.PHONY: help demo test test-systemd test-lowest test-newest check fuzz bench packages packages-systemd clean
+.PHONY: help demo test test-systemd test-lowest test-newest check fuzz bench deb lock packages packages-systemd clean
 
 help:  ## Say what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -42,6 +42,12 @@ fuzz: $(VENV)/.fuzz  ## Fuzz the decoders in turn; SECONDS=3600 in all, ONLY="me
 
 bench: $(VENV)/.dev  ## Run the benchmarks in full
 	@for file in latency scaling scale training serving litert; do $(BIN)/python benchmarks/$$file.py || exit 1; done
+
+deb: $(VENV)/.dev  ## Build the Debian package in dist/
+	@$(BIN)/python packaging/deb/build.py
+
+lock:  ## Write requirements/*.txt anew: the versions and hashes that releases install
+	@PATH="$(dir $(PYTHON)):$$PATH" requirements/lock
 
 clean:  ## Remove what make made
 	rm -rf $(VENV) .venv-lowest .venv-newest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .fuzz

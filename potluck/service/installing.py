@@ -221,16 +221,10 @@ def uninstall(*, purge: bool) -> tuple[Daemon, ...]:
         systemd.systemctl("--quiet", "disable", "--now", unit(daemon))
     for daemon in DAEMONS:
         # systemd 252 removes the folder in /run, but not the link to it.
-        for kept in (RUN, CACHE, *((STATE,) if purge else ())):
-            _remove_folder(kept / f"potluck-{daemon}")
-            _remove_folder(kept / "private" / f"potluck-{daemon}")
-        (UNITS / unit(daemon)).unlink(missing_ok=True)
-        for name in (DROPIN, *gpus.NAMES.values()):
-            (_dropins(daemon) / name).unlink(missing_ok=True)
-        if purge:
-            for name in (f"{daemon}.toml", "join-token"):
-                (SETTINGS / name).unlink(missing_ok=True)
-            _remove_folder(_dropins(daemon))
+        own = [*_folders(RUN, daemon), *_folders(CACHE, daemon), UNITS / unit(daemon)]
+        own += [_dropins(daemon) / name for name in (DROPIN, *gpus.NAMES.values())]
+        for path in (*own, *(kept(daemon) if purge else ())):
+            _remove(path)
         _remove_if_empty(_dropins(daemon))
     _remove_if_empty(SETTINGS)
     systemd.systemctl("daemon-reload")
@@ -240,12 +234,21 @@ def uninstall(*, purge: bool) -> tuple[Daemon, ...]:
     return found
 
 
-def _remove_folder(path: Path) -> None:
-    # With DynamicUser, the folder is in `private`, and here is a link to it.
-    if path.is_symlink():
-        path.unlink()
-    elif path.is_dir():
+def kept(daemon: Daemon) -> list[Path]:
+    """What `uninstall` leaves, and deletes with `purge`: settings, data, and drop-ins that people wrote."""
+    return [SETTINGS / f"{daemon}.toml", SETTINGS / "join-token", *_folders(STATE, daemon), _dropins(daemon)]
+
+
+def _folders(above: Path, daemon: Daemon) -> list[Path]:
+    """With DynamicUser, a folder of a service is in `private`, and beside that is a link to it."""
+    return [above / f"potluck-{daemon}", above / "private" / f"potluck-{daemon}"]
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _remove_if_empty(path: Path) -> None:
