@@ -10,7 +10,7 @@ OLD := -W ignore::DeprecationWarning -W ignore::UserWarning
 EXTRAS := engine,litert,broker,tfrecord,parquet,demo
 INSTALL := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check $(NEWEST) $(LIMITS:%=--constraint=%)
 
-.PHONY: help demo test test-systemd test-lowest test-newest check fuzz bench deb lock packages packages-systemd clean
+.PHONY: help demo test test-systemd test-lowest test-newest check fuzz bench deb lock audit packages packages-systemd clean
 
 help:  ## Say what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -49,8 +49,16 @@ deb: $(VENV)/.dev  ## Build the Debian package in dist/
 lock:  ## Write requirements/*.txt anew: the versions and hashes that releases install
 	@PATH="$(dir $(PYTHON)):$$PATH" requirements/lock
 
+audit: .venv-tools/.done  ## Look for known vulnerabilities in what releases install, and list it (SBOM) in dist/
+	@.venv-tools/bin/python packaging/audit.py
+
+.venv-tools/.done:
+	@$(MAKE) --no-print-directory VENV=.venv-tools .venv-tools/bin/python
+	@PYTHONWARNINGS=ignore .venv-tools/bin/python -m pip install --quiet --disable-pip-version-check cyclonedx-bom pip-audit
+	@touch $@
+
 clean:  ## Remove what make made
-	rm -rf $(VENV) .venv-lowest .venv-newest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .fuzz
+	rm -rf $(VENV) .venv-lowest .venv-newest .venv-tools build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .fuzz
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Debian's python3-pip comes without python3-venv: then pip itself puts a pip into the environment.
