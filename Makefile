@@ -22,7 +22,7 @@ test: packages $(VENV)/.dev  ## Run all tests; PYTEST="tests/unit -k rounds" run
 	@$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder $(PYTEST)
 
 test-systemd: packages-systemd $(VENV)/.dev  ## What systemd does with the services, in a container that it boots (as root); PYTEST="-k stop" runs a part
-	@$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile tests/systemd $(PYTEST)
+	@$(BIN)/python -m pytest --numprocesses=3 --dist=loadfile tests/systemd $(PYTEST)
 
 test-lowest:  ## Unit and contract tests on the lowest versions that pyproject.toml allows
 	@$(MAKE) --no-print-directory VENV=.venv-lowest LIMITS=.venv-lowest/lowest.txt PYTEST="tests/unit tests/contract $(OLD)" test

@@ -87,14 +87,31 @@ def test_the_sdist_has_what_the_repository_has(built: Built) -> None:
     assert {name for name in packed if name.startswith(("build", "."))} <= tracked
 
 
-def test_the_wheel_has_packages_units_and_settings_and_nothing_else(built: Built) -> None:
-    with zipfile.ZipFile(built.wheel) as wheel:
-        names = set(wheel.namelist())
-    assert {name for name in names if name.endswith(".py")} == sources(ROOT)
+def is_whole(wheel: Path, source: Path) -> None:
+    """It has these sources' packages, units and settings, says that it is typed, and has no other data."""
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    assert {name for name in names if name.endswith(".py")} == sources(source)
+    assert "potluck/py.typed" in names
     data = {name.partition(".data/data/")[2] for name in names} - {""}
     assert data == {
-        f"share/potluck/{folder}/{path.name}" for folder in ("configs", "systemd") for path in (ROOT / folder).iterdir()
+        f"share/potluck/{folder}/{path.name}"
+        for folder in ("configs", "systemd")
+        for path in (source / folder).iterdir()
     }
+
+
+def test_a_wheel_of_a_clean_clone_is_whole(tmp_path: Path) -> None:
+    """Nothing that it needs lies in somebody's checkout alone."""
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+        pytest.skip("not a checkout, or no git: there is nothing to clone")
+    clone = tmp_path / "clone"
+    run("git", "clone", "--quiet", "--depth=1", f"file://{ROOT}", clone, cwd=tmp_path)
+    is_whole(build("wheel", clone, tmp_path), clone)
+
+
+def test_the_wheel_has_packages_units_and_settings_and_nothing_else(built: Built) -> None:
+    is_whole(built.wheel, ROOT)
     assert not (built.source / "build/bdist").exists()
     assert sorted(path.name for path in (built.source / "build").rglob("*")) == ["lib", "potluck", "stale.py"]
 

@@ -144,10 +144,13 @@ def test_they_start_with_the_machine(machine: Machine, potluck: Installation) ->
 
 def test_a_stopped_node_is_back_soon(machine: Machine, potluck: Installation) -> None:
     before = machine.pid(NODE)
-    machine.run("kill", "-STOP", str(before))
     stopped_at = time.monotonic()
-    machine.until(lambda: machine.pid(NODE) not in (0, before), BACK_SECONDS + 5)
-    assert time.monotonic() - stopped_at <= BACK_SECONDS
+    machine.run("kill", "-STOP", str(before))
+    machine.until(lambda: machine.pid(NODE) not in (0, before), BACK_SECONDS + 10)
+    back_at = (
+        int(machine.fact(NODE, "ExecMainStartTimestampMonotonic")) / 1e6
+    )  # the clock of the kernel, which is ours too
+    assert 0 < back_at - stopped_at <= BACK_SECONDS
     run(machine)
     assert "watchdog" in machine.log(NODE).lower()
 
