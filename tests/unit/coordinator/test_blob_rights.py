@@ -46,7 +46,7 @@ class Cluster:
 
     def put(self, data: bytes, identity: str) -> str:
         ref = self.store.put_bytes(data)
-        self.sent.add((ref.sha256, identity))
+        self.store.uploaded(ref.sha256, identity)
         return ref.sha256
 
 
