@@ -20,7 +20,7 @@ import shutil
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -332,6 +332,18 @@ class Journal:
                     f"the journal {self._path} has an event of {stream} that this potluck cannot read ({error.message}): install the potluck "
                     "that wrote it again, or put a backup of the journal in its place"
                 ) from error
+
+    @contextmanager
+    def applying(self, stream: str) -> Iterator[None]:
+        """For the block that applies the events of `stream`: raises Unavailable where they do not fit together."""
+        try:
+            yield
+        except (LookupError, AttributeError, TypeError) as error:
+            log.exception("events do not fit together %s", fields(stream=stream, path=self._path))
+            raise Unavailable(
+                f"the events of {stream} in the journal {self._path} do not fit together ({error!r}): some are lost, or are of a newer potluck; "
+                "put a backup of the journal in its place, or install the potluck that wrote it again"
+            ) from error
 
     def streams(self, prefix: str) -> list[str]:
         """The names of streams that begin with `prefix`, oldest first."""

@@ -94,12 +94,13 @@ class Registry:
         self._left: dict[str, DatasetRecorded] = {}
         """Removed data sets that were packed for jobs: their blobs may still be in the store."""
         self._watchers: list[Callable[[], None]] = []
-        for event in journal.replay(_STREAM, AnyRegistryEvent):  # type: ignore[arg-type, var-annotated]
-            if isinstance(event, DatasetRecorded):
-                self._left.pop(event.dataset.name, None)
-            elif isinstance(event, DatasetForgotten) and self._datasets[event.name].packed:
-                self._left[event.name] = self._datasets[event.name]
-            self._apply(event)
+        with journal.applying(_STREAM):
+            for event in journal.replay(_STREAM, AnyRegistryEvent):  # type: ignore[arg-type, var-annotated]
+                if isinstance(event, DatasetRecorded):
+                    self._left.pop(event.dataset.name, None)
+                elif isinstance(event, DatasetForgotten) and self._datasets[event.name].packed:
+                    self._left[event.name] = self._datasets[event.name]
+                self._apply(event)
 
     def on_change(self, changed: Callable[[], None]) -> None:
         """From now on, call `changed` after every change."""

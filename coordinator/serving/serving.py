@@ -104,8 +104,9 @@ class Serving:
         self.nodes_of = inference.nodes_of
         self._rollout = Rollout(self._records, inference, record=self._record, remove=self._remove)
         self._autoscaling = Autoscaling(self._records, inference, record=self._record)
-        for event in journal.replay(STREAM, AnyDeploymentEvent):  # type: ignore[arg-type, var-annotated]
-            self._records.apply(event)
+        with journal.applying(STREAM):
+            for event in journal.replay(STREAM, AnyDeploymentEvent):  # type: ignore[arg-type, var-annotated]
+                self._records.apply(event)
         journal.snapshot(STREAM, self._records.events())
         for name, deployment in self._deployments.items():
             inference.open(name)

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coordinator.journal import Journal
-from coordinator.registry import TAGS_LIMIT, ModelAdded, Registry, pixel_scale
-from potluck.errors import InvalidRequest, NotFound
+from coordinator.registry import TAGS_LIMIT, DatasetForgotten, ModelAdded, Registry, pixel_scale
+from potluck.errors import InvalidRequest, NotFound, Unavailable
 from potluck.wire.questions import ModelInfo
 from potluck.wire.values import BlobRef, DataFormat, Dataset, DataShard, ImageOptions, Signature, TensorSpec
 
@@ -236,3 +236,11 @@ def test_what_pixels_in_arrays_are_multiplied_by(journal: Journal) -> None:
     assert pixel_scale(registry.add_model("arrays", blob(1), job_id="j", now=1.0)) == 1.0
     old = registry.add_model("images", blob(1), image=sized, job_id="j", now=1.0)
     assert pixel_scale(old) == 1 / 255, "trained when that was the scale of everything"
+
+
+def test_a_journal_that_lost_events_is_named(journal: Journal) -> None:
+    journal.append("registry", DatasetForgotten(name="pictures"))
+    with pytest.raises(
+        Unavailable, match=r"events of registry in the journal .* do not fit together \(KeyError\('pictures'\)\)"
+    ):
+        Registry(journal)
