@@ -31,7 +31,8 @@ from potluck.toml_lines import Keys, lines_of_keys
 from potluck.wire.topics import Topics, check_node_id
 from potluck.wire.values import NODE_DATA_LIMIT
 
-FILE_LIMIT_BYTES = 2**20
+FILE_LIMIT_BYTES = 2**18
+"""Read at once, also by a daemon that runs: this much takes half a second."""
 PROBLEMS_LIMIT = 20
 """How many problems are told: whoever wrote more of them will look at the file anyway."""
 TEXT_LIMIT = 500

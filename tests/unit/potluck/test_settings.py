@@ -132,7 +132,7 @@ def test_a_file_that_is_no_text(tmp_path: Path) -> None:
         (f"node_id = '{'x' * 100_000}'", "..."),
         ("".join(f"k{number} = 1\n" for number in range(5000)), "and more"),
         ("[data]\n" + "".join(f"d{number} = '/d'\n" for number in range(65)), "65 data sets, and a node may have 64"),
-        ("#" * 2**20 + "\n", "no file of settings: it has more than 1048576 bytes"),
+        ("#" * 2**18 + "\n", "no file of settings: it has more than 262144 bytes"),
     ],
 )
 def test_odd_files_are_refused_in_a_few_words(tmp_path: Path, text: str, said: str) -> None:
