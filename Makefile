@@ -41,7 +41,7 @@ fuzz: $(VENV)/.fuzz  ## Fuzz the decoders in turn; SECONDS=3600 in all, ONLY="me
 	@$(BIN)/python tests/fuzz/run.py --seconds $(or $(SECONDS),600) $(if $(ONLY),--only $(ONLY)) $(FUZZ)
 
 bench: $(VENV)/.dev  ## Run the benchmarks in full
-	@for file in latency scaling scale training serving litert; do $(BIN)/python benchmarks/$$file.py || exit 1; done
+	@for file in latency transfer scaling scale training serving litert; do $(BIN)/python benchmarks/$$file.py || exit 1; done
 
 deb: $(VENV)/.dev  ## Build the Debian package in dist/
 	@$(BIN)/python packaging/deb/build.py

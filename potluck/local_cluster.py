@@ -155,7 +155,7 @@ class LocalCluster:
         from potluck.wire.failures import as_error
         from potluck.wire.questions import RequestFailed
 
-        host, _, port = self.http_url.removeprefix("https://").rpartition(":")
+        host, _, port = self.http_url.partition("//")[2].rpartition(":")
         context = contexts.client_context(self.credentials, "client", certificates.COORDINATOR)
         connection = HTTPSConnection(host, int(port), timeout=ANSWER_SECONDS, context=context)
         try:

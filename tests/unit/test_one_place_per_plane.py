@@ -18,7 +18,8 @@ PLACES: dict[str, set[str]] = {
     "ClientSession": {"potluck/net/http_client.py"},
     "urlopen": set(),
     "HTTPConnection": set(),
-    "HTTPSConnection": {"potluck/net/bulk_client.py"},
+    # a cluster for tests and benchmarks asks where no loop runs
+    "HTTPSConnection": {"potluck/net/bulk_client.py", "potluck/local_cluster.py"},
     "create_server": {"potluck/net/http.py"},
     "connect_accepted_socket": {"potluck/net/http.py"},
     "AppRunner": {"potluck/net/http.py"},

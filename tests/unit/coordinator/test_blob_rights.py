@@ -45,8 +45,11 @@ class Cluster:
         )
 
     def put(self, data: bytes, identity: str) -> str:
-        ref = self.store.put_bytes(data)
-        self.store.uploaded(ref.sha256, identity)
+        """What the server does with an upload."""
+        with self.store.receiving(identity) as coming:
+            coming(len(data))
+            ref = self.store.put_bytes(data)
+            self.store.uploaded(ref.sha256, identity)
         return ref.sha256
 
 
