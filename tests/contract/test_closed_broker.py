@@ -353,6 +353,16 @@ async def test_a_certificate_that_the_broker_refuses_is_no_accepted_connection(c
         assert bool(answer) == bool(said)
 
 
+async def test_rules_of_thousands_that_change_at_once_all_count(cluster: Cluster) -> None:
+    """mosquitto reads such rules for half a second, and forgets what it is told meanwhile."""
+    many = [Member(f"node:m{number}") for number in range(4000)]
+    n1, n2 = await cluster.member("node:n1"), await cluster.member("node:n2")
+    await cluster.broker.allow((*MEMBERS, *many))
+    await cluster.broker.allow((*(one for one in MEMBERS if one.identity != "node:n1"), *many))
+    assert await n1.publish(TOPICS.node("n1", "outbox")) == DENIED
+    assert await n2.publish(TOPICS.node("n2", "outbox")) == DONE
+
+
 async def test_mqtt_3_1_1_is_told_nothing_but_may_nothing(cluster: Cluster) -> None:
     coordinator, old = await cluster.member("coordinator:attic"), await cluster.member("node:n1", version=4)
     await coordinator.subscribe(TOPICS.node("+", "outbox"))
