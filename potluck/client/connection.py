@@ -21,9 +21,10 @@ from potluck.bus.mqtt import Addresses, Bus, Envelope, Handler, MqttBus
 from potluck.client.arguments import checked
 from potluck.client.membership import Membership, config_folder
 from potluck.credentials import Credentials
-from potluck.errors import InvalidRequest, PotluckError, TimedOut, Unavailable, expected
+from potluck.errors import InvalidRequest, NotAuthenticated, PotluckError, TimedOut, Unavailable, expected
 from potluck.logs import fields
 from potluck.net.addresses import lan_addresses
+from potluck.net.side import OPEN
 from potluck.settings import ClientSettings, PositiveSeconds, parse_address, typed
 from potluck.settings_sources import load
 from potluck.sole_use import users_here
@@ -168,7 +169,7 @@ class Connection:
         at once when every seed refuses: a daemon would wait, a client does not.
         """
         # imported here: the import takes time, and job clients do not need it
-        from potluck.net.discovery import Discovery, broker_addresses
+        from potluck.net.discovery import Discovery, broker_addresses, closed_text
 
         settings = self.settings
         if settings.seeds or not settings.discovery.enabled:
@@ -210,6 +211,8 @@ class Connection:
                 f"{', '.join(dict.fromkeys(['127.0.0.1', *lan_addresses()]))}: {advice}, or name its "
                 "broker with --seed HOST[:PORT]"
             )
+        if heard.ca and not any(OPEN.broker(one) for discovery in found for one in discovery.services()):
+            raise NotAuthenticated(closed_text(settings.cluster))
         sources = [broker_addresses(settings, discovery) for discovery in found]
 
         async def following() -> tuple[str, int]:
