@@ -45,6 +45,25 @@ def test_many_renewals_are_a_short_stream(tmp_path: Path, monkeypatch: pytest.Mo
     journal.close()
 
 
+def test_the_broker_has_to_know_who_gets_rights_or_loses_them(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal")
+    now = NOW
+    known = JournaledMembers(journal, lambda: now)
+    known.record(known.members.make_token(CreateToken(), "", b"12345", b"s" * 16, NOW))
+    assert known.changes == 0
+    add(known, "node:a")
+    assert known.changes == 1
+    known.record(known.members.renew("node:a", NOW + 9))
+    known.record(known.members.take_token(b"12345".hex()))
+    assert known.changes == 1
+    now = NOW + 10  # its certificate has ended, and with it its rights
+    known.record(known.members.renew("node:a", NOW + 20))
+    assert known.changes == 2
+    known.record(known.members.remove("node:a", NOW + 10))
+    assert known.changes == 3
+    journal.close()
+
+
 def test_what_cannot_be_written_has_not_happened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     journal = Journal(tmp_path / "journal")
     known = JournaledMembers(journal, lambda: NOW)
