@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import time
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,12 +13,13 @@ from msgspec.structs import replace
 
 from potluck.cli import here
 from potluck.cli.plan import Plan
+from potluck.client.membership import OPERATOR
 from potluck.credentials import FOLDER
-from potluck.errors import InvalidSettings, PotluckError, Unavailable
+from potluck.errors import InvalidSettings, Unavailable
 from potluck.net.addresses import lan_addresses
 from potluck.net.broker import find_mosquitto
 from potluck.net.discovery import Discovery, Service
-from potluck.settings import ClientSettings, Listen, NetworkSettings, short_hostname
+from potluck.settings import Listen, NetworkSettings, short_hostname
 from potluck.wire.topics import NODE_ID
 
 if TYPE_CHECKING:
@@ -29,12 +29,6 @@ if TYPE_CHECKING:
 EVERYWHERE = "0.0.0.0"  # noqa: S104 - members only are let in
 HERE_SECONDS = 0.7
 """An mDNS query hears of services on the same machine within this time."""
-FOUND_SECONDS = 60.0
-"""How long a coordinator may take until it serves: it makes keys, and a slow machine takes its time."""
-LOOK_SECONDS = 0.1
-SHARED_USES = 10
-SHARED_SECONDS = 3600.0
-"""The token that the founder shows: for so many machines, for so long."""
 
 
 def member(plan: Plan) -> ClusterFile | None:
@@ -121,55 +115,20 @@ async def look(plan: Plan) -> Service | None:
         await asyncio.gather(*seeking, return_exceptions=True)
 
 
-async def operator(plan: Plan, since: float) -> Path:
-    """The folder of this machine's operator, once the coordinator that started at `since` (Unix time) has written where it is.
+async def new_token(plan: Plan, question: CreateToken, since: float) -> str:
+    """A join token of the cluster that this machine leads, whose coordinator was started at `since` (Unix time). Raises PotluckError."""
+    from potluck.client import operating
 
-    Raises Unavailable.
-    """
-    where = here.path_of(plan.state_dir, "coordinator") / "operator"
-    file = where / "cluster.toml"
-    deadline = time.monotonic() + FOUND_SECONDS
-    while time.monotonic() < deadline:
-        if file.exists() and file.stat().st_mtime >= since and (where / "client.pem").exists():
-            return where
-        await asyncio.sleep(LOOK_SECONDS)
-    raise Unavailable(
-        f"the coordinator does not serve within {FOUND_SECONDS:g} s: its output above says why; --log-level INFO says more"
-    )
+    where = here.path_of(plan.state_dir, "coordinator") / OPERATOR
+    return await operating.new_token(where, plan.network.cluster, question, since)
 
 
-async def token(plan: Plan, where: Path, question: CreateToken) -> str:
-    """A new join token, asked for with the credentials in this folder. Raises PotluckError."""
-    from potluck.client.connection import Connection
-    from potluck.client.membership import membership
-    from potluck.wire.members import TokenCreated
-
-    settings = ClientSettings(cluster=plan.network.cluster, credentials=str(where))
-    deadline = time.monotonic() + FOUND_SECONDS
-    while True:
-        try:
-            async with Connection.of(membership(settings)) as connection:
-                return (await connection.ask(question, TokenCreated)).token
-        except PotluckError as error:
-            # It may have written where it is before it listens there.
-            if not error.retryable or time.monotonic() > deadline:
-                raise
-            await asyncio.sleep(LOOK_SECONDS)
-
-
-async def enrol_node(plan: Plan, where: Path, name: str) -> None:
+async def enrol_node(plan: Plan, since: float) -> None:
     """Make this machine's node a member of the cluster that this machine leads. Raises PotluckError."""
+    from potluck.client import operating
     from potluck.enrolment import enrol
     from potluck.wire import tokens
-    from potluck.wire.members import CreateToken
 
-    made = tokens.parse(await token(plan, where, CreateToken(role="node", ttl_seconds=600.0, name=name)))
-    # The coordinator is here, whatever addresses the token names for others.
-    (await enrol(made, name)).save_as("node", here.folder_of(plan.state_dir, "node") / FOLDER)
-
-
-async def shared_token(plan: Plan, where: Path) -> str:
-    """A token for other machines, to show. Raises PotluckError."""
-    from potluck.wire.members import CreateToken
-
-    return await token(plan, where, CreateToken(role="node", ttl_seconds=SHARED_SECONDS, uses=SHARED_USES))
+    name = own_name(plan.state_dir)
+    token = tokens.parse(await new_token(plan, operating.own_node(name), since))
+    (await enrol(token, name)).save_as("node", here.folder_of(plan.state_dir, "node") / FOLDER)

@@ -142,6 +142,8 @@ class Joining:
 
     async def _work_closed(self, claims: AsyncExitStack, tasks: asyncio.TaskGroup) -> None:
         """Start what this machine is in its closed cluster: its coordinator, and what its node needs. Raises PotluckError."""
+        from potluck.client import operating
+
         plan = self._plan
         cluster, known = plan.network.cluster, closing.member(plan)
         if known is not None:
@@ -154,14 +156,13 @@ class Joining:
         if founds or self._leads:
             began = time.time()
             await self._start_coordinator(tasks)
-            where = await closing.operator(plan, began)
             if known is None:
-                await closing.enrol_node(plan, where, closing.own_name(plan.state_dir))
+                await closing.enrol_node(plan, began)
             if founds:
-                shown = await closing.shared_token(plan, where)
+                token = await closing.new_token(plan, operating.shared(), began)
                 self._say(
                     f"this machine founded the closed cluster {cluster!r}. To let others in, type there within an hour (at most "
-                    f"{closing.SHARED_USES}), once potluck is installed:\n    potluck join {shown}"
+                    f"{operating.SHARED_USES}), once potluck is installed:\n    potluck join {token}"
                 )
             else:
                 self._say(f"`{typed('potluck token create', cluster)}` makes a token that lets another machine join")

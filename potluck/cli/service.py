@@ -46,27 +46,40 @@ def install(
     cluster: Annotated[str | None, typer.Option(metavar="NAME", help="The cluster's name (default: default).")] = None,
     listen: Annotated[
         str | None,
-        typer.Option(metavar="ADDRESS", help="Listen here (default: 127.0.0.1; with --insecure every interface)."),
+        typer.Option(
+            metavar="ADDRESS",
+            help="Listen here (default: every interface for a coordinator, with --join and with --insecure; else 127.0.0.1).",
+        ),
     ] = None,
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Serve the network, without encryption or identities.")
     ] = False,
+    join: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TOKEN", help="The node joins a closed cluster with this token; -: read it from standard input."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Install or change the services of this machine, and (re)start them. Needs root.
 
-    Options are written into /etc/potluck. What is not given stays as it is there.
+    A coordinator founds a closed cluster on this machine's network, unless --listen 127.0.0.1 or --insecure is given. Options are written
+    into /etc/potluck. What is not given stays as it is there.
     """
     from potluck.cli import output
+    from potluck.client import operating
     from potluck.errors import InvalidRequest
-    from potluck.service import installing, systemd
-    from potluck.service.checking import Daemon
+    from potluck.service import installing, joining, systemd
+    from potluck.wire import tokens
 
     given = session(context)
     systemd.needed()
     _needs_root()
     if no_node and role == "node":
         raise InvalidRequest("--no-node goes with --role coordinator: without it, nothing would be installed")
+    if join is not None and (role == "coordinator" or insecure):
+        raise InvalidRequest("--join is for the node of a machine that has no coordinator, and goes without --insecure")
     changes: dict[str, str | int | bool | list[str]] = {}
     if name := cluster or given.cluster:
         changes["cluster"] = name
@@ -74,9 +87,17 @@ def install(
         changes["seeds"] = [broker]
     if address := listen or ("0.0.0.0" if insecure else ""):  # noqa: S104 - asked for
         changes |= {"listen.host": address, "listen.insecure": insecure}
-    daemons: tuple[Daemon, ...] = ("node",) if role == "node" else ("coordinator", "node")
-    done = installing.install(("coordinator",) if no_node else daemons, changes)
-    next_command = _next(done)
+    elif join is not None or (role == "coordinator" and installing.founds("seeds" in changes)):
+        changes |= {"listen.host": joining.ADDRESS, "listen.insecure": False}
+    member = token = ""
+    if join is not None:
+        done, known = joining.install(tokens.parse(sys.stdin.readline() if join == "-" else join), changes)
+        member = f"{known.identity} of the closed cluster {known.cluster!r}"
+    elif role == "coordinator":
+        done, token = joining.lead(changes, node=not no_node)
+    else:
+        done = installing.install(("node",), changes)
+    next_command = f'sudo "$(command -v potluck)" service install --join {token}' if token else _next(done)
     if as_json:
         output.emit(
             {
@@ -89,7 +110,13 @@ def install(
     for one in done:
         output.show(f"potluck-{one.daemon} starts now, and with this machine; its settings are in {one.file}")
     output.show("How they are: potluck service status")
-    if next_command:
+    if member:
+        output.show(f"potluck-node is {member} now")
+    elif token:
+        output.show(
+            f"This machine leads a closed cluster. The token below is good for an hour, for at most {operating.SHARED_USES} machines."
+        )
+    if next_command and not member:
         output.show(f"On the next machine, after installing potluck there: {next_command}")
     elif role == "coordinator":
         output.show(
@@ -183,7 +210,7 @@ def _next(done: Sequence[Installed]) -> str:
 
     for one in done:
         settings = one.settings
-        if is_loopback(settings.listen.host):
+        if is_loopback(settings.listen.host) or not settings.listen.insecure:
             continue
         seed = ",".join(settings.seeds[:1])
         if isinstance(settings, CoordinatorSettings) and not seed:

@@ -16,7 +16,8 @@ import msgspec
 from potluck import whole_files
 from potluck.credentials import FOLDER
 from potluck.errors import InvalidSettings
-from potluck.net.broker import choose
+from potluck.net.addresses import lan_addresses
+from potluck.net.broker import choose, find_mosquitto
 from potluck.service import checking, dropin, gpus, settings_file, shipped, systemd
 from potluck.service.checking import KINDS, Daemon
 from potluck.settings import CoordinatorSettings, NodeSettings, check_listen
@@ -47,6 +48,19 @@ class Installed:
     settings: CoordinatorSettings | NodeSettings
 
 
+def founds(seeds: bool) -> bool:
+    """Whether a coordinator that is installed here for the first time, without a word on where it listens, founds a closed cluster.
+
+    `seeds`: it is to use the broker of others.
+    """
+    return (
+        not seeds
+        and not (SETTINGS / "coordinator.toml").exists()
+        and bool(lan_addresses())
+        and find_mosquitto() is not None
+    )
+
+
 def credentials() -> Path | None:
     """The folder with the credentials of the node's service; None: it is no member of a closed cluster."""
     folders = (state / "potluck-node" / FOLDER for state in (STATE / "private", STATE))
@@ -54,12 +68,16 @@ def credentials() -> Path | None:
 
 
 def install(
-    daemons: tuple[Daemon, ...], changes: Mapping[str, settings_file.Value], *, joins: bool = False
+    daemons: tuple[Daemon, ...],
+    changes: Mapping[str, settings_file.Value],
+    *,
+    joins: bool = False,
+    waits: tuple[Daemon, ...] = (),
 ) -> list[Installed]:
     """Write settings, units and drop-ins of these daemons, and (re)start them.
 
     `changes` are settings (dotted keys) that differ from the file or the example. Everything is checked before anything is written.
-    `joins`: the node has been given a join token.
+    `joins`: the node has a join token, or gets one; `waits`: daemons that are not started yet.
     Raises InvalidSettings for wrong settings and a place of installation that a service cannot read, Unavailable where no broker is.
     """
     places = dropin.roots()
@@ -107,9 +125,14 @@ def install(
     systemd.systemctl("daemon-reload")
     for daemon in daemons:
         systemd.systemctl("--quiet", "enable", unit(daemon))
-        # A node waits for its coordinator: we do not wait for the node.
-        systemd.systemctl("--no-block", "restart", unit(daemon))
+        if daemon not in waits:
+            start(daemon)
     return done
+
+
+def start(daemon: Daemon) -> None:
+    """(Re)start a service. A node waits for its coordinator: we do not wait for the node."""
+    systemd.systemctl("--no-block", "restart", unit(daemon))
 
 
 def _read(file: Path) -> str:
