@@ -18,6 +18,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import aiohttp
 import pytest
@@ -296,6 +297,43 @@ async def test_put_without_room_is_507(hold: Hold, chunked: bool) -> None:
         assert response.status == 507
         assert "does not fit" in (await response.json())["error"]
     assert leftovers(holder.store) == []
+
+
+async def test_many_that_send_at_once_do_not_fill_the_disk(tmp_path: Path) -> None:
+    folder, lowest = tmp_path / "held", 10**9
+    total, reserved = 8_000_000, 160_000
+
+    def usage(_: Path) -> SimpleNamespace:
+        nonlocal lowest
+        taken = sum(path.stat().st_size for path in folder.iterdir()) if folder.exists() else 0
+        lowest = min(lowest, total - taken)
+        return SimpleNamespace(total=total, free=total - taken)
+
+    store = BlobStore(folder, 1 << 40, quota_bytes=1 << 40, usage=usage)
+    kept = store.put_bytes(noise(1_000_000))
+    store.pin(kept.sha256)
+    sock = socket.create_server(("127.0.0.1", 0))
+    url = address("127.0.0.1", sock.getsockname()[1], "http")
+    routes = server.routes(store, writable=True, max_bytes=MAX_BYTES, rights=OPEN)
+
+    async def pieces(data: bytes) -> AsyncIterator[bytes]:  # so that nobody knows the size before
+        for start in range(0, len(data), 100_000):
+            yield data[start : start + 100_000]
+            await asyncio.sleep(0)
+
+    async def send(number: int) -> int:
+        data = noise(1_500_000, number + 1)
+        async with aiohttp.ClientSession() as http, http.put(f"{url}/blobs/{sha(data)}", data=pieces(data)) as answer:
+            store.pin(sha(data))  # all are in use at once: none makes room for another
+            return answer.status
+
+    async with serve_http(sock, routes, Credentials()):
+        answers = await asyncio.gather(*map(send, range(12)), return_exceptions=True)
+    assert 507 in answers or any(isinstance(answer, aiohttp.ClientError) for answer in answers)
+    assert lowest >= reserved
+    assert store.read(kept.sha256)
+    assert leftovers(store) == []
+    assert store.size_bytes == 1_000_000 + 1_500_000 * answers.count(201)
 
 
 async def test_put_that_is_compressed_is_refused_before_it_is_read(hold: Hold, monkeypatch: pytest.MonkeyPatch) -> None:
