@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from potluck import extras
+from potluck.bus.connecting import reach
 from potluck.bus.packets import PACKET_LIMIT_BYTES
+from potluck.credentials import Credentials
 from potluck.errors import CannotListen, InvalidSettings, PotluckError, Unavailable
 from potluck.lifecycle import die_with_parent
 from potluck.logs import fields
@@ -227,7 +229,7 @@ class ClosedBroker(Broker):
         """Whether mosquitto, which has one thread, gets round to other things in time: it hangs up on whatever cannot be TLS."""
         try:
             async with asyncio.timeout(_START_SECONDS):
-                reader, writer = await asyncio.open_connection(self.host, self.port)
+                reader, writer = await reach((self.host, self.port), Credentials())
                 try:
                     writer.write(_NO_TLS)
                     await reader.read()
