@@ -32,8 +32,8 @@ import sys
 import keras, numpy
 from potluck.client import Client
 
-name, epochs, width, wait = sys.argv[1], *map(int, sys.argv[2:])
-x = numpy.random.default_rng(1).normal(size=(4096, 64)).astype("float32")
+name, epochs, rows, width, wait = sys.argv[1], *map(int, sys.argv[2:])
+x = numpy.random.default_rng(1).normal(size=(rows, 64)).astype("float32")
 y = (x.sum(axis=1) > 0).astype("int64")
 layers = [keras.layers.Dense(width, activation="relu"), keras.layers.Dense(2, activation="softmax")]
 model = keras.Sequential([keras.Input((64,)), *layers])
@@ -70,9 +70,11 @@ def run(machine: Machine, seconds: float = 60) -> None:
     machine.until(lambda: [machine.fact(unit, "ActiveState") for unit in UNITS] == ["active"] * 2, seconds)
 
 
-def trained(potluck: Installation, name: str, *, epochs: int, width: int, wait: bool) -> tuple[str, list[float]]:
+def trained(
+    potluck: Installation, name: str, *, epochs: int, rows: int, width: int, wait: bool
+) -> tuple[str, list[float]]:
     """The job's id, and its losses if we wait for them. `width` is that of the model's one hidden layer."""
-    job, *losses = potluck.python(TRAIN, name, str(epochs), str(width), str(int(wait))).split()
+    job, *losses = potluck.python(TRAIN, name, *map(str, (epochs, rows, width, int(wait)))).split()
     return job, [float(loss) for loss in losses]
 
 
@@ -128,21 +130,14 @@ def test_only_its_own_ports_are_open_and_only_on_loopback(machine: Machine, potl
 
 
 def test_a_job_runs(machine: Machine, potluck: Installation) -> None:
-    _, losses = trained(potluck, "first", epochs=3, width=8, wait=True)
+    _, losses = trained(potluck, "first", epochs=3, rows=1024, width=8, wait=True)
     assert len(losses) == 3
     assert losses[-1] < losses[0]
 
 
-def test_they_start_with_the_machine(machine: Machine, potluck: Installation) -> None:
-    machine.reboot()
-    assert machine.settled() == "running"
-    run(machine)
-    assert "ordering cycle" not in machine.log()
-    assert machine.run("systemctl", "--failed", "--no-legend") == ""
-    assert [model["name"] for model in potluck.answer("models")] == ["first"]
-
-
 def test_a_stopped_node_is_back_soon(machine: Machine, potluck: Installation) -> None:
+    """With its engine: it still runs after the job."""
+    assert "node.engine" in machine.run("ps", "-e", "-o", "args")
     before = machine.pid(NODE)
     stopped_at = time.monotonic()
     machine.run("kill", "-STOP", str(before))
@@ -153,6 +148,15 @@ def test_a_stopped_node_is_back_soon(machine: Machine, potluck: Installation) ->
     assert 0 < back_at - stopped_at <= BACK_SECONDS
     run(machine)
     assert "watchdog" in machine.log(NODE).lower()
+
+
+def test_they_start_with_the_machine(machine: Machine, potluck: Installation) -> None:
+    machine.reboot()
+    assert machine.settled() == "running"
+    run(machine)
+    assert "ordering cycle" not in machine.log()
+    assert machine.run("systemctl", "--failed", "--no-legend") == ""
+    assert [model["name"] for model in potluck.answer("models")] == ["first"]
 
 
 def test_after_crashes_it_waits_longer_each_time(machine: Machine, potluck: Installation) -> None:
@@ -192,7 +196,8 @@ def test_a_stop_gives_leases_back_and_fires_no_will(machine: Machine, potluck: I
         machine.run("systemctl", "show", "--property=TimeoutStopUSec", "--value", NODE).removesuffix("s")
     )
     with overheard(machine, tmp_path / "heard") as file:
-        job, _ = trained(potluck, "endless", epochs=1000, width=8192, wait=False)
+        # Half a minute of work in each lease: there is one under way when the stop comes.
+        job, _ = trained(potluck, "endless", epochs=1000, rows=100_000, width=8192, wait=False)
         machine.until(lambda: any(isinstance(one, LeaseRenewed) and one.done for one in said(file)), 60)
         started = time.monotonic()
         machine.run("systemctl", "stop", NODE)
