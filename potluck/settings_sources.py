@@ -167,8 +167,6 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[Keys, Origin]]:
         table = tomllib.loads(text)
     except OSError as error:
         raise WrongSettings(Problem("", whole, f"the file cannot be read: {error.strerror}")) from error
-    except RecursionError as error:
-        raise WrongSettings(Problem("", whole, "this is not valid TOML here: it is nested too deep")) from error
     except UnicodeDecodeError as error:
         at = Origin("file", str(path), error.object.count(b"\n", 0, error.start) + 1)
         raise WrongSettings(Problem("", at, "this is not valid TOML: it is not text in UTF-8")) from error

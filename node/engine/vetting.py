@@ -15,7 +15,8 @@ It looks once at each node, and walks back from the names of files to where they
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -61,6 +62,8 @@ class _Body:
         self.name = name
         self.nodes = {node.name: node for node in listed}
         self.arguments = {argument.name: place for place, argument in enumerate(taken)}
+        self._sources: dict[str, Any] = {}
+        """What `source` has found: nodes that many others come from are followed once."""
         lists = any(argument.number_attr or argument.type_list_attr for argument in taken)
         if lists or len(self.nodes.keys() | self.arguments.keys()) < len(listed) + len(taken):
             raise InvalidModel(
@@ -73,15 +76,23 @@ class _Body:
 
     def source(self, tensor: str) -> Any:
         """Where a tensor comes from: an argument (its position), or a node; None: nothing has this name."""
-        for _ in range(len(self.nodes) + 1):
-            name = tensor.partition(":")[0]
+        passed: list[str] = []
+        found: Any = None
+        while (name := tensor.partition(":")[0]) not in self._sources:
+            self._sources[name] = None  # where the nodes form a circle, it stays so
+            passed.append(name)
             if name in self.arguments:
-                return self.arguments[name]
+                found = self.arguments[name]
+                break
             node = self.nodes.get(name)
             if node is None or node.op != "Identity" or not node.input:
-                return node
+                found = node
+                break
             tensor = node.input[0]
-        return None  # the nodes form a circle
+        else:
+            found = self._sources[name]
+        self._sources.update(dict.fromkeys(passed, found))
+        return found
 
     def after(self, starts: Iterable[str]) -> set[str]:
         """The names of these nodes, and of all nodes that need them."""
@@ -112,6 +123,8 @@ class _Vetting:
         for key in INIT:
             if key in meta.collection_def:
                 self._loading.update(map(_node_name, meta.collection_def[key].node_list.value))
+        self._known: dict[tuple[str, str], bool] = {}
+        """Answers about nodes of the graph, by question and name."""
         self._assets = {_node_name(asset.tensor_info.name) for asset in _assets(meta)}
 
     def run(self) -> bool:
@@ -244,7 +257,16 @@ class _Vetting:
 
     def _is_prefix(self, node: Any) -> bool:
         """Whether TensorFlow's loader puts the name of the variables' files into this node."""
-        if node is None or node.name != _node_name(self._meta.saver_def.filename_tensor_name):
+        return node is not None and self._once("prefix", node, self._reads_prefix)
+
+    def _once(self, question: str, node: Any, answer: Callable[[Any], bool]) -> bool:
+        key = question, node.name
+        if key not in self._known:
+            self._known[key] = answer(node)
+        return self._known[key]
+
+    def _reads_prefix(self, node: Any) -> bool:
+        if node.name != _node_name(self._meta.saver_def.filename_tensor_name):
             return False
         for _ in range(len(self._graph.nodes)):
             if node is None or node.op != "PlaceholderWithDefault" or not node.input:
@@ -261,24 +283,38 @@ class _Vetting:
         if node.op != "ReadVariableOp":
             return node.name in self._assets and node.op in ("Const", "Placeholder", "PlaceholderWithDefault")
         handle = self._graph.source(node.input[0]) if node.input else None
-        if handle is None or handle.op != "VarHandleOp":
-            return False
-        known = {handle.name, handle.attr["shared_name"].s.decode(errors="replace")} - {""}
-        others = [
-            other
-            for body in (self._graph, *self._functions.values())
-            for other in body.nodes.values()
-            if "VarHandle" in other.op
-            and other is not handle
-            and {other.name, other.attr["shared_name"].s.decode(errors="replace")} & known
-        ]
-        users = [user for user in self._graph.nodes.values() if handle.name in map(_node_name, user.input)]
+        return handle is not None and handle.op == "VarHandleOp" and self._once("asset", handle, self._holds_asset)
+
+    def _holds_asset(self, handle: Any) -> bool:
+        """Whether this variable gets only paths of assets."""
+        others = any(other is not handle for name in _variables(handle) for other in self._handles[name])
+        users = self._users[handle.name]
         values = [self._graph.source(user.input[-1]) for user in users if user.op == "AssignVariableOp"]
         return (
             not others
             and all(user.op in OF_VARIABLES for user in users)
             and all(value is not None and value.op != "ReadVariableOp" and self._is_asset(value) for value in values)
         )
+
+    @cached_property
+    def _handles(self) -> dict[str, list[Any]]:
+        """The nodes that are handles of variables, by each name that such a node gives its variable."""
+        found = defaultdict(list)
+        for body in (self._graph, *self._functions.values()):
+            for node in body.nodes.values():
+                if "VarHandle" in node.op:
+                    for name in _variables(node):
+                        found[name].append(node)
+        return found
+
+    @cached_property
+    def _users(self) -> dict[str, list[Any]]:
+        """The nodes of the graph by each node that they take something from."""
+        found = defaultdict(list)
+        for node in self._graph.nodes.values():
+            for name in set(map(_node_name, node.input)):
+                found[name].append(node)
+        return found
 
     def _refuse(self, operations: Iterable[str], functions: Iterable[str]) -> None:
         wanted, named = set(operations), set(functions)
@@ -334,6 +370,11 @@ def _tensors(signature: Any) -> Iterator[str]:
 
 def _node_name(tensor: str) -> str:
     return tensor.lstrip("^").partition(":")[0]
+
+
+def _variables(handle: Any) -> set[str]:
+    """The names by which a handle of a variable may mean the same variable as another."""
+    return {handle.name, handle.attr["shared_name"].s.decode(errors="replace")} - {""}
 
 
 def _has(body: _Body, operations: set[str]) -> bool:

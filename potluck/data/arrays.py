@@ -8,6 +8,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from safetensors import safe_open
@@ -22,6 +23,9 @@ TARGET_NAMES = ("y", "y_train", "y_test", "y_val", "target", "targets", "label",
 PARTS = ("train", "test", "val")
 """An `.npz` may hold several sets; `_train`, `_test` and `_val` at the end of the names tell them apart."""
 
+INFLATION = 200
+INFLATION_FROM_BYTES = 2**30
+"""A file that unpacks to far more than its size, and to at least this, was made to fill memory."""
 _MAGIC = (b"PK", b"\x93NUMPY")
 _UNREADABLE = (
     OSError,
@@ -68,7 +72,11 @@ def pack(
                 raise InvalidData(
                     f"target {key!r} is text, and there are {len(targets)} targets: with several targets, classes must be numbers"
                 )
-            texts = [text.decode(errors="replace") if isinstance(text, bytes) else text for text in found[key].tolist()]
+            try:
+                stored = found[key].tolist()
+            except SystemError as error:  # numpy takes any number for a sign
+                raise InvalidData(f"target {key!r} has texts that cannot be read") from error
+            texts = [text.decode(errors="replace") if isinstance(text, bytes) else text for text in stored]
             found[key], classes = class_indexes(texts, f"target {key!r}")
     found = {key: _plain(key, array) for key, array in found.items()}
     if weight:
@@ -99,7 +107,7 @@ def pack(
         weight=weight,
         classes=tuple(classes),
     )
-    return packing.dataset(described, shards, order.tolist(), labels, remarks=remarks)
+    return packing.dataset(described, shards, order, labels, remarks=remarks)
 
 
 def target_arrays(names: Sequence[str], target: Target) -> tuple[str, ...]:
@@ -129,6 +137,7 @@ def read_file(
         with path.open("rb") as file:
             if not file.peek(6).startswith(_MAGIC):
                 raise InvalidData(f"{path} is not an {path.suffix} file: write it with numpy.savez")
+            _check_archive(path, file)
             loaded = np.load(file, allow_pickle=False)
             if isinstance(loaded, np.ndarray):
                 return {"x": loaded}, targets, sample_weight
@@ -150,6 +159,22 @@ def read_file(
                 f"{path} holds Python objects, which are code: save plain arrays of numbers instead"
             ) from error
         raise InvalidData(f"{path} is not an {path.suffix} file that can be read: {error}") from error
+
+
+def _check_archive(path: Path, file: BinaryIO) -> None:
+    """Raises InvalidData for a zip file that was made to fill memory, BadZipFile for a damaged one. Announced sizes can be trusted."""
+    if file.read(len(_MAGIC[0])) == _MAGIC[0]:
+        file.seek(0)
+        with zipfile.ZipFile(file) as archive:
+            infos = archive.infolist()
+        total, packed = sum(info.file_size for info in infos), path.stat().st_size
+        if any(info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for info in infos):
+            raise InvalidData(f"{path} is compressed as numpy never does: write it with numpy.savez")
+        if total > max(INFLATION_FROM_BYTES, INFLATION * packed):
+            raise InvalidData(
+                f"{path} has {packed / 1e6:.1f} MB and unpacks to {total / 1e6:,.0f} MB: write it with numpy.savez, which does not compress"
+            )
+    file.seek(0)
 
 
 def item_shape(shard: Path, name: str) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from potluck.data.order import cuts, shuffled
@@ -22,6 +23,7 @@ Target = str | Sequence[str] | None
 WEIGHT_NAME = "sample_weight"
 """The usual name of the items' weights in the loss, when the user names none."""
 _NAMED = 5
+_ROWS_AT_ONCE = 1 << 18
 NAME_LIMIT = 500
 """How many characters of a skipped item's description are kept."""
 CLASSES_LIMIT = 10_000
@@ -63,12 +65,12 @@ class Packing:
         self,
         format: DataFormat,
         shards: Sequence[DataShard],
-        keys: Sequence[str | int],
+        keys: Sequence[str] | Array,
         labels: Array | None,
         skipped: Sequence[str] = (),
         remarks: Sequence[str] = (),
     ) -> Dataset:
-        """The manifest. `keys` are in packing order; `labels` are the class indexes of all items in any order, None without classes."""
+        """The manifest. `keys` are in packing order, names or row numbers; `labels` are the class indexes of all items in any order, None without classes."""
         counts: tuple[int, ...] = ()
         if format.classes and labels is not None:
             counts = tuple(np.bincount(labels[labels >= 0], minlength=len(format.classes)).tolist())
@@ -79,9 +81,17 @@ class Packing:
             shards=tuple(shards),
             class_counts=counts,
             skipped=tuple(text[:NAME_LIMIT] for text in skipped),
-            keys=self.put(codec.pack(list(keys), "json")),
+            keys=self.put(_numbers(keys) if isinstance(keys, np.ndarray) else codec.pack(list(keys), "json")),
             remarks=tuple(remarks),
         )
+
+
+def _numbers(rows: Array) -> bytes:
+    """A JSON list of whole numbers. As objects of Python they would take ten times the memory, so only a part of them is at a time."""
+    parts = [
+        msgspec.json.encode(rows[at : at + _ROWS_AT_ONCE].tolist())[1:-1] for at in range(0, len(rows), _ROWS_AT_ONCE)
+    ]
+    return b"[" + b",".join(parts) + b"]"
 
 
 def remarks(dataset: Dataset) -> tuple[str, ...]:
@@ -118,11 +128,21 @@ def check_class_names(classes: Sequence[str], what: str) -> None:
 def class_indexes(texts: Sequence[str], what: str) -> tuple[Array, tuple[str, ...]]:
     """(index of each text, the classes in alphabetical order). Raises InvalidData for too many classes; `what` has them."""
     classes = tuple(sorted(set(texts)))
+    if not all(map(_is_sendable, classes)):
+        raise InvalidData(f"{what} has texts that are not UTF-8: give its classes other names, or numbers")
     if len(classes) > CLASSES_LIMIT:
         raise InvalidData(f"{what} has {len(classes)} different texts (first: {classes[0]!r}): these cannot be classes")
     check_class_names(classes, what)
     index_of = {label: index for index, label in enumerate(classes)}
     return np.fromiter((index_of[text] for text in texts), np.int64, len(texts)), classes
+
+
+def _is_sendable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @contextmanager

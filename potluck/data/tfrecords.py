@@ -91,13 +91,15 @@ def _pack_arrays(
     records: Iterator[tuple[Record, Features]], label: str | None, packing: Packing, remarks: Sequence[str]
 ) -> Dataset:
     columns: dict[str, list[Any]] = {}
+    texts: list[str] = []
     for number, (record, features) in enumerate(records):
         if not number:  # bytes that are no image cannot be computed with, unless they are the labels
             columns = {key: [] for key, value in features.items() if key == label or not isinstance(value, list)}
         for key, column in columns.items():
             value = features.get(key)
             if key == label and isinstance(value, list):
-                value = np.asarray([_label(record, features, key)])
+                texts.append(str(_label(record, features, key)))
+                value = np.zeros(1, np.int64)  # its number is known once all texts are
             if not isinstance(value, np.ndarray) or (column and value.shape != column[0].shape):
                 wanted = f"{len(column[0])} numbers, as in the records before" if column else "numbers"
                 raise InvalidData(f"{record.where}: feature {key!r} must hold {wanted}")
@@ -107,7 +109,12 @@ def _pack_arrays(
     stacked = {key: np.stack(column) for key, column in columns.items()}
     if label is not None and stacked[label].shape[1] == 1:
         stacked[label] = stacked[label][:, 0]
-    return arrays.pack(stacked, label, packing, remarks=remarks)
+    classes: tuple[str, ...] = ()
+    if texts:
+        if len(texts) != len(stacked[str(label)]):
+            raise InvalidData(f"label {label!r} is text in some records and numbers in others")
+        stacked[str(label)], classes = class_indexes(texts, f"label {label!r}")
+    return arrays.pack(stacked, label, packing, classes=classes, remarks=remarks)
 
 
 def _pack_images(

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 
 import pytest
-from zeroconf import IPVersion
+from zeroconf import IPVersion, ServiceStateChange
 from zeroconf.asyncio import AsyncServiceInfo, AsyncZeroconf
 
 from potluck.errors import Unavailable
@@ -147,6 +147,25 @@ async def test_services_that_we_cannot_read_are_ignored(cluster: str, stack: Asy
     await there.advertise(service(cluster, "good"))
     assert await here.wait_for(lambda one: one.id == "good", 5)
     assert [one.id for one in here.services()] == ["good"]
+
+
+async def test_who_announces_any_number_fills_no_memory(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the limit, only changes of services that are known are looked at."""
+    looked: list[str] = []
+
+    async def resolve(zeroconf: object, name: str) -> None:
+        looked.append(name)
+
+    here = Discovery(cluster)
+    monkeypatch.setattr(module, "SERVICES_LIMIT", 3)
+    monkeypatch.setattr(here, "_resolve", resolve)
+    here._found = {name: service(cluster, name) for name in "abc"}
+    for name in ("new", "a", "other"):
+        here._on_change(None, SERVICE_TYPE, name, ServiceStateChange.Added)  # type: ignore[arg-type]
+    await eventually(lambda: looked == ["a"] and not here._resolving)
+    here._on_change(None, SERVICE_TYPE, "b", ServiceStateChange.Removed)  # type: ignore[arg-type]
+    here._on_change(None, SERVICE_TYPE, "new", ServiceStateChange.Added)  # type: ignore[arg-type]
+    await eventually(lambda: looked == ["a", "new"])
 
 
 async def test_waiting_in_vain_ends(cluster: str, stack: AsyncExitStack) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,50 @@ from support.models import saved
 
 pytestmark = pytest.mark.tensorflow
 Forge = Callable[[Any], None]
+
+
+def chained(count: int) -> Any:
+    """Each of many operations takes the name of its file through a chain of as many others."""
+    from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
+
+    saved = SavedModel()
+    meta = saved.meta_graphs.add()
+
+    def node(name: str, op: str, *inputs: str) -> str:
+        meta.graph_def.node.add(name=name, op=op, input=inputs)
+        return name
+
+    asset = node("asset", "Const")
+    meta.asset_file_def.add(filename="words.txt").tensor_info.name = "asset:0"
+    handle, last, prefix = node("handle", "VarHandleOp"), asset, node("saver", "Const")
+    node("assign", "AssignVariableOp", handle, asset)
+    for number in range(count):
+        last = node(f"same{number}", "Identity", last)
+        prefix = node(f"default{number}", "PlaceholderWithDefault", prefix)
+        node(f"chain{number}", "InitializeTableFromTextFileV2", "table", f"same{count - 1}")
+        node(
+            f"variable{number}",
+            "InitializeTableFromTextFileV2",
+            "table",
+            node(f"value{number}", "ReadVariableOp", handle),
+        )
+        own = node(f"own{number}", "VarHandleOp")
+        node(f"give{number}", "AssignVariableOp", own, asset)
+        node(f"each{number}", "InitializeTableFromTextFileV2", "table", node(f"get{number}", "ReadVariableOp", own))
+        node(f"restore{number}", "RestoreV2", "prefix")
+    node("prefix", "PlaceholderWithDefault", prefix)
+    meta.saver_def.filename_tensor_name = "prefix:0"
+    return saved
+
+
+def test_time_grows_with_the_size_and_not_with_its_square() -> None:
+    def seconds(count: int) -> float:
+        model = chained(count)
+        began = time.process_time()
+        vet(model)
+        return time.process_time() - began
+
+    assert seconds(4000) < 12 * max(0.05, seconds(1000))
 
 
 def read(folder: Path) -> Any:
