@@ -89,6 +89,7 @@ class Inferring:
         wanted = _Wanted(asked)
         name, signature = self._asking.deployed(model)
         inputs = await beside(len(text), lambda: _inputs(asked, tail))
+        asked.inputs.clear()  # values as objects take many times the memory of tensors, and the answer may take long
         if signature is not None:
             check(name, signature, inputs)
         seconds, priority = _timeout_seconds(asked.parameters), _priority(asked.parameters)

@@ -111,6 +111,7 @@ class Plain:
         if signature is None:
             raise InvalidRequest(f"model {name} does not say yet what its inputs are: it is being loaded")
         inputs = await beside(len(body), lambda: _arrays(name, signature, asked))
+        asked = None  # values as objects take many times the memory of tensors, and the answer may take long
         if streaming.wanted(request):
             return await streaming.stream(self._asking, request, model, inputs)
         answer = await self._asking.infer(request, model, inputs)

@@ -136,6 +136,7 @@ class TensorFlowServing:
             inputs = await beside(size, lambda: tensorflow_inputs.from_columns(signature, asked["inputs"]))
         else:
             raise InvalidRequest("Missing 'inputs' or 'instances' key")
+        asked.clear()  # values as objects take many times the memory of tensors, and the answer may take long
         answer = await self._asking.infer(request, model, inputs)
 
         def written() -> bytes:
