@@ -35,7 +35,7 @@ from node.slot import EngineSlot
 from potluck import lifecycle, reloading
 from potluck.blobs import server as blob_server
 from potluck.blobs.download import Downloader
-from potluck.blobs.rights import AT_A_NODE, OPEN
+from potluck.blobs.rights import OPEN, AtANode
 from potluck.blobs.store import BlobStore
 from potluck.bus.mqtt import Addresses, Envelope, MqttBus, Will
 from potluck.bus.outbox import Outbox
@@ -258,7 +258,7 @@ class Node:
                 if self.member is not None:
                     parts["certificate"] = self._keep_renewed(self.member)
                 running = [tasks.create_task(part, name=name) for name, part in parts.items()]
-                rights = OPEN if guests is None else AT_A_NODE
+                rights = OPEN if guests is None else AtANode(self._replicas.is_output)
                 routes = blob_server.routes(store, inputs.store, writable=False, max_bytes=0, rights=rights)
                 routes += inputs.routes(self._replicas.no_inputs, rights)
                 doors = (guests.middleware,) if guests is not None else ()

@@ -31,15 +31,21 @@ def refusal(certificate: dict[str, Any], method: str, path: str, is_revoked: Cal
         return f"{identity} was removed from the cluster"
     kind = identity.partition(":")[0]
     if method == "POST" and path == "/inputs":
-        roles = [
-            value for parts in certificate.get("subject", ()) for key, value in parts if key == "organizationalUnitName"
-        ]
-        if kind == "client" and len(roles) == 1 and roles[0] in COMPUTING_ROLES:
-            return ""
-        return f"{identity} may send no inputs: that needs the role 'user'"
+        return "" if _computes(certificate, kind) else f"{identity} may send no inputs: that needs the role 'user'"
     if kind in ("node", "coordinator"):
         return ""
+    # which blobs: `potluck.blobs.rights`
+    if method in ("GET", "HEAD") and path.startswith("/blobs/") and _computes(certificate, kind):
+        return ""
     return f"{identity} gets nothing from a node: ask the coordinator, which has the results"
+
+
+def _computes(certificate: dict[str, Any], kind: str) -> bool:
+    """Whether this is a client that may ask models."""
+    roles = [
+        value for parts in certificate.get("subject", ()) for key, value in parts if key == "organizationalUnitName"
+    ]
+    return kind == "client" and len(roles) == 1 and roles[0] in COMPUTING_ROLES
 
 
 class Guests:

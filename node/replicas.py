@@ -51,6 +51,8 @@ LOADS_LIMIT = 3
 """How often a load is tried while other models on the same engine make it fail."""
 BATCHES_LIMIT = 256
 """Most batches that wait for the engine: the coordinator sends two per replica, so more would be somebody's mistake."""
+OUTPUTS_KEPT = 10_000
+"""How many blobs of outputs are remembered: clients may fetch those, and no other blobs."""
 INLINE_OUTPUT_BYTES = 192 * 1024
 """How large a batch's outputs may be in a message; larger tensors become blobs."""
 
@@ -77,6 +79,8 @@ class Replicas:
         on_served: Callable[[float, float], None] = lambda objective_seconds, seconds: None,
     ) -> None:
         self._store = store
+        self._outputs: dict[str, None] = {}
+        """Blobs that were outputs of batches, the newest last."""
         self._downloader = downloader
         self._inputs = inputs
         self._slot = slot
@@ -367,6 +371,10 @@ class Replicas:
             if self._fetching.get(command.id) is fetching:  # a batch may come twice
                 del self._fetching[command.id]
 
+    def is_output(self, sha256: str) -> bool:
+        """Whether this blob is an output of one of the last batches."""
+        return sha256 in self._outputs
+
     async def _as_blobs(self, outcomes: list[RequestOutcome]) -> list[RequestOutcome]:
         """The outcomes; tensors too large for a message are blobs in our store."""
         count = sum(len(outcome.outputs) for outcome in outcomes)
@@ -376,6 +384,9 @@ class Replicas:
             if not isinstance(tensor.data, bytes) or len(tensor.data) <= share:
                 return tensor
             ref = await asyncio.to_thread(self._store.put_bytes, tensor.data)
+            self._outputs[ref.sha256] = None
+            while len(self._outputs) > OUTPUTS_KEPT:
+                del self._outputs[next(iter(self._outputs))]
             return replace(tensor, data=replace(ref, holders=self._urls()))
 
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 
@@ -23,9 +24,18 @@ class _Open:
         return True
 
 
-class _AtANode:
+class AtANode:
+    """For a node of a closed cluster: nodes and coordinators get blobs, and clients send inputs.
+
+    `is_output`: whether a blob is an output of an inference. Clients get these: whoever knows its hash was told it with the answer.
+    """
+
+    def __init__(self, is_output: Callable[[str], bool] = lambda sha256: False) -> None:
+        self._is_output = is_output
+
     def allowed(self, identity: str, sha256: str) -> bool:
-        return identity.partition(":")[0] in ("node", "coordinator")
+        kind = identity.partition(":")[0]
+        return kind in ("node", "coordinator") or (kind == "client" and self._is_output(sha256))
 
     def may_put(self, identity: str, size: int) -> bool:
         return identity.partition(":")[0] == "client"
@@ -33,5 +43,3 @@ class _AtANode:
 
 OPEN: Rights = _Open()
 """For open clusters."""
-AT_A_NODE: Rights = _AtANode()
-"""For a node of a closed cluster: nodes and coordinators get blobs, and clients send inputs."""

@@ -13,7 +13,7 @@ import aiohttp
 import pytest
 
 from potluck.blobs import server
-from potluck.blobs.rights import AT_A_NODE, OPEN, Rights
+from potluck.blobs.rights import OPEN, AtANode, Rights
 from potluck.blobs.store import BlobStore
 from potluck.credentials import Credentials
 from potluck.errors import DiskFull
@@ -167,8 +167,11 @@ async def test_who_may_put(serve: Serve) -> None:
 
 
 async def test_the_rules_of_a_node(serve: Serve) -> None:
-    served = await serve(AT_A_NODE)
+    rights = AtANode(lambda sha256: sha256 == sha(b"answer"))
+    served = await serve(rights)
     served.store.put_bytes(b"soup")
+    served.store.put_bytes(b"answer")
+    assert (await served.get("client:ann", sha(b"answer")))[0] == 200, "an output of an inference"
     gets = {who: (await served.get(who, sha(b"soup")))[0] for who in ("node:n1", "coordinator:attic", "client:ann")}
     assert gets == {"node:n1": 200, "coordinator:attic": 200, "client:ann": 404}
     http = await served.of("client:ann")
@@ -178,7 +181,8 @@ async def test_the_rules_of_a_node(serve: Serve) -> None:
     for who, status in (("client:bob", 404), ("node:n1", 200)):
         async with (await served.of(who)).get(f"{served.url}/inputs/{name}") as answer:
             assert answer.status == status
-    assert not AT_A_NODE.allowed("", sha(b"soup"))
+    assert not rights.allowed("", sha(b"soup"))
+    assert not rights.allowed("", sha(b"answer"))
 
 
 async def test_a_quota_is_of_an_identity_and_counts_until_a_blob_has_a_name(serve: Serve) -> None:

@@ -287,6 +287,28 @@ async def test_a_batch_that_comes_too_late_is_answered_so(bench: Bench) -> None:
     assert [outcome.error.code for outcome in finished.outcomes if outcome.error is not None] == ["not_found"] * 2
 
 
+async def test_clients_may_fetch_outputs_that_are_blobs_and_only_the_last(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replicas, "OUTPUTS_KEPT", 2)
+    bench.load("m:1/1")
+    await bench.heard(1)
+    assert bench.slot.engine is not None
+
+    async def large(*_: Any, **__: Any) -> tuple[list[RequestOutcome], float]:
+        outputs = [bytes([number]) * 400_000 for number in range(3)]
+        tensors = [Tensor(name="y", datatype="UINT8", shape=(1, len(data)), data=data) for data in outputs]
+        return [RequestOutcome(outputs=tuple(tensors))], 0.0
+
+    monkeypatch.setattr(bench.slot.engine, "infer", large)
+    bench.replicas.infer(RunInference(id="b", replica_id="m:1/1", requests=((),)))
+    finished = (await bench.heard(2))[-1]
+    assert isinstance(finished, InferenceFinished)
+    refs = [output.data for output in finished.outcomes[0].outputs]
+    assert [bench.replicas.is_output(ref.sha256) for ref in refs if isinstance(ref, BlobRef)] == [False, True, True]
+    assert not bench.replicas.is_output(hashlib.sha256(b"model").hexdigest())
+
+
 async def test_a_request_whose_inputs_nobody_has_fails_alone(bench: Bench) -> None:
     bench.load("m:1/1")
     await bench.heard(1)
