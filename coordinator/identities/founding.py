@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import ssl
@@ -21,9 +22,12 @@ from pathlib import Path
 
 from coordinator.identities.authority import Authority, KeyOnDisk, new_pair
 from potluck.errors import InvalidRequest, InvalidSettings, PotluckError
+from potluck.logs import fields
 from potluck.security import certificates, cluster_file, folder, signing
 from potluck.security.certificates import EARLY_SECONDS, Certificate, Profile
 from potluck.security.cluster_file import ClusterFile
+
+log = logging.getLogger(__name__)
 
 IDENTITY = "identity"
 BROKER = "broker"
@@ -204,6 +208,8 @@ def _make(state: Path, cluster: str, cluster_id: str, name: str, seconds: float)
             os.close(handle)
     except OSError as error:
         raise InvalidSettings(f"the cluster cannot be founded in {state}: {error.strerror}") from error
+    fingerprint = certificates.read(ca).fingerprint[:16].hex()
+    log.info("closed cluster founded %s", fields(cluster=cluster, coordinator=name, ca=fingerprint))
 
 
 def _files() -> tuple[str, ...]:
