@@ -20,7 +20,6 @@ from potluck.settings import NetworkSettings, NodeSettings, state_folder
 
 if TYPE_CHECKING:
     from potluck.security.cluster_file import ClusterFile
-    from potluck.wire.tokens import JoinToken
 
 log = logging.getLogger(__name__)
 
@@ -104,10 +103,10 @@ def given_token() -> str:
 
 
 async def join(settings: NodeSettings, text: str, stop: asyncio.Event) -> None:
-    """Become a member with this token, unless this node is one of its cluster already; returns then, or when `stop` is set.
+    """Become a member with this token, unless it was tried before; returns then, or when `stop` is set.
 
-    It tries until the coordinator answers: a machine that starts may have no network yet. Raises InvalidSettings for a token that lets
-    nobody in, and InvalidRequest for what is none.
+    It tries until the coordinator answers: a machine that starts may have no network yet. A node that is a member already stays what it
+    is if the token lets nobody in. Raises InvalidSettings otherwise, and InvalidRequest for what is no token.
     """
     from potluck import enrolment
     from potluck.security import certificates, folder
@@ -115,9 +114,10 @@ async def join(settings: NodeSettings, text: str, stop: asyncio.Event) -> None:
 
     token = tokens.parse(text)
     state = state_folder(settings.state_dir, "node")
-    if _joined(state, token):
-        return
     where = state / FOLDER
+    answer = enrolment.tried(where, token)
+    if answer is not None and (_is_member(state) or not answer):
+        return
     name = identity.node_id(settings.node_id, state)
     kept = where / "joining.key"
     if kept.exists():  # an answer may have been lost with the process that waited for it
@@ -138,8 +138,13 @@ async def join(settings: NodeSettings, text: str, stop: asyncio.Event) -> None:
                 trouble = error.message
                 await asyncio.sleep(TRY_AGAIN_SECONDS)
             except PotluckError as error:  # a restart with this token would change nothing
-                raise InvalidSettings(f"this machine cannot join: {error.message}") from error
+                enrolment.note_tried(where, token, error.message)
+                if not _is_member(state):
+                    raise InvalidSettings(f"this machine cannot join: {error.message}") from error
+                log.error("not joined anew, and a member as before %s", fields(reason=error.message))
+                return
             else:
+                enrolment.note_tried(where, token)
                 kept.unlink(missing_ok=True)
                 log.info("node became a member %s", fields(node=name))
                 return
@@ -164,16 +169,10 @@ async def join(settings: NodeSettings, text: str, stop: asyncio.Event) -> None:
         await asyncio.gather(*tasks.values(), return_exceptions=True)
 
 
-def _joined(state: Path, token: JoinToken) -> bool:
-    """Whether the credentials there are of the token's cluster, and can be used."""
-    from potluck.security import certificates, folder
-
+def _is_member(state: Path) -> bool:
+    """Whether the credentials there can be used."""
     try:
-        member = of(state)
-        if member is None:
-            return False
-        ca = folder.public(member.where / folder.CA_CERTIFICATE)
-        return certificates.read(ca).fingerprint.startswith(token.fingerprint)
+        return of(state) is not None
     except PotluckError as error:
-        log.warning("credentials replaced by those of a new token %s", fields(reason=error.message))
+        log.warning("credentials that cannot be used are replaced %s", fields(reason=error.message))
         return False

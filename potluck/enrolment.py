@@ -50,6 +50,7 @@ AGAIN_SECONDS = 1.0
 FIND_SECONDS = 3.0
 """How long mDNS is asked for a cluster whose token names no address that answers."""
 PLACES = 16
+TRIED = "token.json"
 RENEWED_AT = 2 / 3
 """The part of a certificate's life after which it is renewed, ..."""
 JITTER = 0.1
@@ -99,6 +100,22 @@ class Enrolled:
         folder.write(where / folder.CA_CERTIFICATE, self.ca, folder.PUBLIC)
         cluster_file.write(where, self.known)
         folder.write_pair(where, self.role, self.key, self.certificate)
+
+
+def note_tried(where: Path, token: JoinToken, error: str = "") -> None:
+    """Note, beside the credentials, how this token was answered: `error`, or "": it let us in. It is tried only once."""
+    said = {"token_id": token.token_id.hex(), "error": error}
+    folder.write(where / TRIED, msgspec.json.encode(said), folder.PUBLIC)
+
+
+def tried(where: Path, token: JoinToken) -> str | None:
+    """How this token was answered; None: it was not tried, or another one since."""
+    try:
+        with (where / TRIED).open("rb") as file:
+            said = msgspec.json.decode(file.read(BODY_LIMIT_BYTES), type=dict[str, str])
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+        return None
+    return said.get("error", "") if said.get("token_id") == token.token_id.hex() else None
 
 
 Hints = Callable[[JoinToken], Awaitable[Sequence[str]]]

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
+from potluck import enrolment
 from potluck.client import operating
 from potluck.client.membership import OPERATOR, SERVICE_STATES
 from potluck.errors import InvalidRequest, PotluckError, Unavailable
 from potluck.net.broker import find_mosquitto
-from potluck.security import certificates, cluster_file, folder
+from potluck.security import cluster_file, folder
 from potluck.security.cluster_file import ClusterFile
 from potluck.service import installing, systemd
 from potluck.service.checking import Daemon
@@ -99,7 +100,9 @@ def _asked(cluster: str, question: CreateToken, since: float) -> str:
 
 
 def hand_over(token: JoinToken) -> None:
-    """Write the token where the unit's LoadCredential finds it at its next start. Raises InvalidSettings."""
+    """Write the token where the unit's LoadCredential finds it at its next start, and let it be tried again. Raises InvalidSettings."""
+    if (where := installing.credentials()) is not None:
+        (where / enrolment.TRIED).unlink(missing_ok=True)
     if not installing.SETTINGS.exists():
         installing.SETTINGS.mkdir()
         installing.SETTINGS.chmod(0o755)
@@ -115,7 +118,12 @@ def joined(token: JoinToken) -> ClusterFile:
     unit = installing.unit("node")
     deadline = time.monotonic() + JOIN_SECONDS
     while time.monotonic() < deadline:
-        if (known := _member(token)) is not None:
+        try:
+            known = _member(token)
+        except InvalidRequest:
+            _file().unlink(missing_ok=True)
+            raise
+        if known is not None:
             _file().unlink(missing_ok=True)
             return known
         (state,) = systemd.states([unit])
@@ -133,13 +141,9 @@ def joined(token: JoinToken) -> ClusterFile:
 
 
 def _member(token: JoinToken) -> ClusterFile | None:
-    """What the service's node knows of the token's cluster; None: it is no member yet."""
+    """What the service's node knows of its cluster once it has joined with the token; None: it has not yet. Raises InvalidRequest."""
     where = installing.credentials()
-    if where is None:
-        return None
-    try:
-        ca = (where / folder.CA_CERTIFICATE).read_bytes()
-        certificates.check(folder.certificate_of(folder.pair(where, "node").read_bytes()), ca, time.time())
-        return cluster_file.read(where) if certificates.read(ca).fingerprint.startswith(token.fingerprint) else None
-    except (OSError, PotluckError):  # those of another cluster, which are being replaced
-        return None
+    answer = None if where is None else enrolment.tried(where, token)
+    if answer:
+        raise InvalidRequest(f"potluck-node could not join, and is a member as before: {answer}")
+    return None if where is None or answer is None else cluster_file.read(where)

@@ -17,6 +17,7 @@ import aiohttp
 import pytest
 from msgspec.structs import replace
 
+from potluck import enrolment
 from potluck.bus.mqtt import Envelope, MqttBus, in_turn
 from potluck.credentials import FOLDER, Credentials
 from potluck.net.broker import start_closed_broker
@@ -222,12 +223,25 @@ async def test_a_service_joins_with_the_token_that_systemd_gives_it(tmp_path: Pa
     await lab.born(node)
     assert time.monotonic() - began < 15
     where = tmp_path / "state" / FOLDER
-    assert {path.name for path in where.iterdir()} == {"node.pem", "ca.crt", cluster_file.NAME}
+    assert {path.name for path in where.iterdir()} == {"node.pem", "ca.crt", cluster_file.NAME, enrolment.TRIED}
     await node.stop()
     before = len(lab.said)
-    # the token is used up, and nobody is asked: it is a member already
+    # the token is used up, and nobody is asked: it was tried
     await lab.born(await lab.node(stack, "--node-id", "n1", CREDENTIALS_DIRECTORY=str(given)), before)
     assert coordinator.paths.count("/v1/join") == 1
+
+
+async def test_a_member_stays_one_when_another_token_lets_it_in_no_more(tmp_path: Path, stack: AsyncExitStack) -> None:
+    lab = ClosedLab(tmp_path)
+    await lab.open(stack)
+    coordinator = await stack.enter_async_context(
+        false_coordinator(tmp_path / "false", lab.authority, join=refuses(403, "the token was used already"))
+    )
+    fingerprint = certificates.read(lab.authority.ca).fingerprint[:16]
+    (tmp_path / "join-token").write_text(JoinToken(fingerprint, (coordinator.place,), bytes(5), bytes(16)).text())
+    node = await lab.node(stack, CREDENTIALS_DIRECTORY=str(tmp_path))
+    await lab.born(node)
+    assert "the token was used already" in node.log()
 
 
 async def test_a_service_with_a_token_that_lets_nobody_in_says_so_and_ends(

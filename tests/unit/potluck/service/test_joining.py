@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from potluck import enrolment
 from potluck.client import operating
 from potluck.credentials import FOLDER
 from potluck.errors import InvalidRequest, InvalidSettings, Unavailable
@@ -31,6 +32,7 @@ class Machine:
         self.tokens: list[str] = []
         self.state = "active"
         self.joins = True
+        self.refusal = ""
 
     def systemctl(self, *arguments: str) -> str:
         if arguments[0] == "show-environment":
@@ -53,6 +55,7 @@ class Machine:
             AUTHORITY.member(where, "node", certificates.node_profile("n1"))
             known = ClusterFile("attic", "cluster-id", ("h:8883",), ("h:7814",), "node:n1")
             cluster_file.write(where, known)
+            enrolment.note_tried(where, parse(self.tokens[-1]), self.refusal)
 
     def states(self, units: object) -> list[UnitState]:
         return [UnitState("potluck-node", True, self.state, "", "exit-code", 0, 0, "the token is used up", True)]
@@ -99,6 +102,15 @@ def test_a_node_that_cannot_join_says_why_and_leaves_no_token(machine: Machine) 
     machine.joins, machine.state = False, "failed"
     with pytest.raises(InvalidRequest, match="the token is used up"):
         joining.install(TOKEN, {})
+    assert not (machine.folder / "settings" / joining.TOKEN).exists()
+
+
+def test_a_member_that_is_not_let_in_again_says_why_and_goes_on(machine: Machine) -> None:
+    joining.install(TOKEN, {})
+    machine.refusal = "n1 is a member already"
+    another = JoinToken(TOKEN.fingerprint, TOKEN.endpoints, bytes([1] * 5), bytes(16))
+    with pytest.raises(InvalidRequest, match="a member as before: n1 is a member already"):
+        joining.join(another)
     assert not (machine.folder / "settings" / joining.TOKEN).exists()
 
 
