@@ -28,9 +28,10 @@ from potluck.net.side import OPEN
 from potluck.settings import ClientSettings, PositiveSeconds, parse_address, typed
 from potluck.settings_sources import load
 from potluck.sole_use import users_here
+from potluck.wire import roles
 from potluck.wire.addresses import placed
 from potluck.wire.births import OURS, CoordinatorStatus, Versions, versions_of
-from potluck.wire.questions import CancelInfer, Infer, Inferred, Undeploy
+from potluck.wire.questions import CancelInfer, Infer, Inferred, SubmitJob, Undeploy
 from potluck.wire.topics import Topics
 from potluck.wire.values import BlobRef, Message
 
@@ -294,6 +295,11 @@ class Connection:
             enrolment.keep_renewed(member.where, "client", self.credentials, self._servers), name="certificate"
         )
 
+    def _check_role(self, question: Message) -> None:
+        """Raises NotAllowed where the broker would drop our question without a word: in MQTT 3.1.1 it cannot say so."""
+        if self._member is not None and isinstance(question, SubmitJob | Infer):
+            roles.check(roles.Caller(self.credentials.identity, self._member.role), type(question))
+
     def _servers(self) -> tuple[str, ...]:
         """`host:port` of the coordinator's servers, as it last said."""
         placed_at = [placed(one) for one in (self._status.http if self._status is not None else ())]
@@ -370,6 +376,7 @@ class Connection:
 
         A question may be sent more than once, with the same id; the coordinator then gives the same answer.
         """
+        self._check_role(question)
         deadline = time.monotonic() + self.settings.timeout_seconds
         question_id = uuid.uuid4().hex
         if not self._online.is_set():
@@ -394,6 +401,7 @@ class Connection:
 
         With `timeout_seconds`, the cluster knows the deadline of the request. Cancelling this cancels the request in the cluster.
         """
+        self._check_role(question)
         limit_seconds = self.settings.timeout_seconds if timeout_seconds is None else timeout_seconds
         if timeout_seconds is not None:
             question = replace(question, expires=time.time() + timeout_seconds)

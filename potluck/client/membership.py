@@ -44,6 +44,8 @@ class Membership:
     """The folder with the credentials; None: the cluster is open."""
     known: ClusterFile | None = None
     side: Side = OPEN
+    role: str = ""
+    """What the certificate says that we may do, as in `potluck.wire.roles`."""
     ours: bool = False
     """Whether we renew the certificate; the coordinator renews its machine's operator's."""
 
@@ -114,6 +116,7 @@ def _member(settings: ClientSettings, where: Path) -> Membership:
         where=where,
         known=known,
         side=Side(ca_hint(certificates.read(ca).fingerprint), client=True),
+        role=certificates.read(folder.certificate_of(_bytes(where / PAIR))).unit,
         ours=not (where.parent / FOLDER / folder.CA_KEY).exists(),
     )
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -39,6 +40,8 @@ class Hosts:
         self.folder = folder
         self.first, self.second, self.third = network.hosts
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        # of its own: who looks for `default` on this machine, in another test, would find this one's operator
+        self.cluster = f"t{uuid.uuid4().hex[:8]}"
 
     def environment(self, host: str) -> dict[str, str]:
         given = {key: value for key, value in os.environ.items() if not key.startswith("POTLUCK_")}
@@ -48,13 +51,13 @@ class Hosts:
     def start(self, host: str, *arguments: str) -> None:
         with self.log(host).open("ab") as log:
             self.processes[host] = subprocess.Popen(
-                self.network.command(host, *POTLUCK, *arguments),
+                self.network.command(host, *POTLUCK, "--cluster", self.cluster, *arguments),
                 stdout=log, stderr=log, env=self.environment(host), preexec_fn=die_with_parent(),
             )  # fmt: skip
 
     def ask(self, host: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            self.network.command(host, *POTLUCK, *arguments), env=self.environment(host),
+            self.network.command(host, *POTLUCK, "--cluster", self.cluster, *arguments), env=self.environment(host),
             capture_output=True, text=True, timeout=60, check=False,
         )  # fmt: skip
 
