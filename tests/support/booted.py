@@ -319,9 +319,14 @@ class Installation:
 
     def python(self, script: str, *arguments: str, seconds: float = 120) -> str:
         """What a script prints: a user's own, whose libraries write into its home."""
-        return self._machine.run(
-            "env", "HOME=/tmp", self.folder / "bin/python", "-c", script, *arguments, seconds=seconds
-        )
+        return self._machine.run(*self._script(script, *arguments), seconds=seconds)
+
+    def scripted(self, script: str, *arguments: str) -> list[str]:
+        """The command that runs such a script."""
+        return self._machine.inside(*self._script(script, *arguments))
+
+    def _script(self, script: str, *arguments: str) -> tuple[str | Path, ...]:
+        return ("env", "HOME=/tmp", self.folder / "bin/python", "-c", script, *arguments)
 
 
 def build_wheel(source: Path, target: Path) -> Path:

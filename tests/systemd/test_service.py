@@ -18,7 +18,7 @@ import pytest
 
 from potluck.wire import codec
 from potluck.wire.births import NodeStatus
-from potluck.wire.reports import LeaseRefused, LeaseRenewed
+from potluck.wire.reports import LeaseRefused, LeaseRenewed, LeaseTaken, ShardFinished
 from potluck.wire.values import Message
 from support.booted import Installation, Machine, build_wheel, copied_sources
 
@@ -28,6 +28,7 @@ EXPOSURE_LIMIT = 2.0
 BACK_SECONDS = 10
 """A daemon that is stopped is back within this."""
 TRAIN = """
+# arguments: the model's name, epochs, rows of data, width of the hidden layer, and whether to wait; prints the job and its losses
 import sys
 import keras, numpy
 from potluck.client import Client
@@ -68,14 +69,6 @@ def potluck(machine: Machine, wheel: Path, before: set[str]) -> Installation:
 def run(machine: Machine, seconds: float = 60) -> None:
     """Wait until both services are active."""
     machine.until(lambda: [machine.fact(unit, "ActiveState") for unit in UNITS] == ["active"] * 2, seconds)
-
-
-def trained(
-    potluck: Installation, name: str, *, epochs: int, rows: int, width: int, wait: bool
-) -> tuple[str, list[float]]:
-    """The job's id, and its losses if we wait for them. `width` is that of the model's one hidden layer."""
-    job, *losses = potluck.python(TRAIN, name, *map(str, (epochs, rows, width, int(wait)))).split()
-    return job, [float(loss) for loss in losses]
 
 
 @contextlib.contextmanager
@@ -130,9 +123,9 @@ def test_only_its_own_ports_are_open_and_only_on_loopback(machine: Machine, potl
 
 
 def test_a_job_runs(machine: Machine, potluck: Installation) -> None:
-    _, losses = trained(potluck, "first", epochs=3, rows=1024, width=8, wait=True)
+    _, *losses = potluck.python(TRAIN, "first", "3", "1024", "8", "1").split()
     assert len(losses) == 3
-    assert losses[-1] < losses[0]
+    assert float(losses[-1]) < float(losses[0])
 
 
 def test_a_stopped_node_is_back_soon(machine: Machine, potluck: Installation) -> None:
@@ -192,24 +185,31 @@ def status_after_crash(machine: Machine) -> str:
 
 
 def test_a_stop_gives_leases_back_and_fires_no_will(machine: Machine, potluck: Installation, tmp_path: Path) -> None:
-    limit_seconds = int(
-        machine.run("systemctl", "show", "--property=TimeoutStopUSec", "--value", NODE).removesuffix("s")
-    )
-    with overheard(machine, tmp_path / "heard") as file:
-        # Half a minute of work in each lease: there is one under way when the stop comes.
-        job, _ = trained(potluck, "endless", epochs=1000, rows=100_000, width=8192, wait=False)
-        machine.until(lambda: any(isinstance(one, LeaseRenewed) and one.done for one in said(file)), 60)
+    """While the engine starts: a shard that is nearly done would be finished."""
+    limit = machine.fact(NODE, "TimeoutStopUSec")
+    machine.run("systemctl", "restart", NODE)
+    run(machine)
+    script = potluck.scripted(TRAIN, "endless", "1000", "4096", "8", "0")
+    with (
+        overheard(machine, tmp_path / "heard") as file,
+        subprocess.Popen(script, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as client,
+    ):
+        machine.until(lambda: any(isinstance(one, LeaseRenewed) and one.stage for one in said(file)), 60)
         started = time.monotonic()
         machine.run("systemctl", "stop", NODE)
-        assert time.monotonic() - started < limit_seconds
+        assert time.monotonic() - started < int(limit.removesuffix("s"))
         goodbye = machine.until(
             lambda: next((one for one in said(file) if isinstance(one, NodeStatus) and one.state == "offline"), None)
         )
         messages = said(file)
+        job = client.communicate(timeout=60)[0].strip()
     assert goodbye.left, "a goodbye, and no will"
-    refused = [one for one in messages if isinstance(one, LeaseRefused)]
+    before_it = messages[: messages.index(goodbye)]
+    refused = [one for one in before_it if isinstance(one, LeaseRefused)]
     assert {one.error.code for one in refused} == {"unavailable"}
-    assert messages.index(refused[0]) < messages.index(goodbye)
+    given_back = {one.attempt_id for one in refused}
+    ended = given_back | {one.attempt_id for one in before_it if isinstance(one, ShardFinished)}
+    assert {one.attempt_id for one in messages if isinstance(one, LeaseTaken)} <= ended
     assert machine.facts(NODE, "ActiveState", "Result") == {"ActiveState": "inactive", "Result": "success"}
     potluck.potluck("cancel", job)
     machine.run("systemctl", "start", NODE)
