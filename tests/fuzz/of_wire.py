@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 from zeroconf import ServiceInfo
 
+from coordinator.identities.members import AnyIdentityEvent
 from coordinator.plans.events import AnyEvent
 from coordinator.registry import AnyRegistryEvent
 from coordinator.serving.inputs import as_sent, batched, rows_of
@@ -21,7 +22,7 @@ from potluck.bus import packets
 from potluck.bus.properties import mirror
 from potluck.errors import BadMessage, InvalidRequest, InvalidSettings, TooLarge
 from potluck.net import broker_rules, discovery
-from potluck.wire import addresses, codec, seals, tokens
+from potluck.wire import addresses, codec, joining, seals, tokens
 from potluck.wire.deadlines import deadline
 from potluck.wire.questions import ClusterEvent, Infer
 from potluck.wire.refs import blob_refs
@@ -92,7 +93,7 @@ def manifests() -> Iterator[bytes]:
         yield codec.pack(sample(Dataset, full=full), "json")
 
 
-_ROWS: tuple[Any, ...] = (AnyEvent, AnyRegistryEvent, AnyDeploymentEvent, ClusterEvent)
+_ROWS: tuple[Any, ...] = (AnyEvent, AnyRegistryEvent, AnyDeploymentEvent, ClusterEvent, AnyIdentityEvent)
 
 
 def journal_row(data: bytes) -> None:
@@ -168,6 +169,21 @@ def frame_mutated(data: bytes, most: int, seed: int) -> bytes:
         return mutators.mutated(data, most)
     body = mutators.of_msgpack(data[5:], max(1, most - 5), seed)
     return (data[:1] + frames.LENGTH.pack(len(body)) + body)[:most]
+
+
+_JOINING: tuple[Any, ...] = (joining.JoinRequest, joining.RenewRequest, joining.Joined)
+
+
+def join(data: bytes) -> None:
+    """What a machine and the coordinator say when it joins: first the kind, then the body."""
+    kind = _JOINING[data[0] % len(_JOINING)] if data else joining.JoinRequest
+    found = joining.decode(data[1:], kind)
+    hold(joining.decode(joining.encode(found), kind) == found, "a body survives")
+
+
+def joins() -> Iterator[bytes]:
+    for number, kind in enumerate(_JOINING):
+        yield bytes([number]) + joining.encode(sample(kind, full=True))
 
 
 def token(data: bytes) -> None:
@@ -323,6 +339,7 @@ TARGETS = (
     Target("journal_row", journal_row, (BadMessage,), rows, mutators.plain),
     Target("packet", packet, (BadMessage,), packets_made, mutators.plain),
     Target("frame", frame, (BadMessage, TooLarge), frames_made, frame_mutated),
+    Target("join", join, (InvalidRequest,), joins, mutators.plain),
     Target("token", token, (InvalidRequest,), tokens_made, token_mutated),
     Target("sealed", sealed, (SealRefused,), seals_made, mutators.of_msgpack),
     Target("topic", topic, (InvalidRequest,), topics_made, mutators.plain),

@@ -7,7 +7,20 @@ from typing import Any
 import msgspec
 from msgspec import inspect
 
-_TEXTS = ("a", "cluster", "0" * 64, "2026-01-01", "node:a", "1.2", "http://a:1", "h:1", "prod")
+_TEXTS = (
+    "a",
+    "0" * 32,
+    "0" * 10,
+    "0" * 8,
+    "cluster",
+    "0" * 64,
+    "2026-01-01",
+    "node:a",
+    "1.2",
+    "http://a:1",
+    "h:1",
+    "prod",
+)
 
 
 def sample(kind: Any, *, full: bool) -> Any:
