@@ -6,6 +6,8 @@ import socket
 import ssl
 
 import paho.mqtt.client as mqtt
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
 
 from support.eventually import eventually
 
@@ -51,11 +53,22 @@ class Peer:
         await eventually(lambda: self.answer == DONE)
         return self
 
-    async def publish(self, topic: str, payload: bytes = b"x", *, retain: bool = False) -> str:
-        """DONE or DENIED: what the broker answers. It takes a message also when nobody wants it, and says so."""
-        number = self._client.publish(topic, payload, 1, retain).mid
+    async def publish(self, topic: str, payload: bytes = b"x", *, retain: bool = False, answer_to: str = "") -> str:
+        """DONE or DENIED: what the broker answers. It takes a message also when nobody wants it, and says so.
+
+        `answer_to`: the response topic of MQTT 5.
+        """
+        properties = None
+        if answer_to:
+            properties = Properties(PacketTypes.PUBLISH)
+            properties.ResponseTopic = answer_to
+        number = self._client.publish(topic, payload, 1, retain, properties).mid
         answer = await eventually(lambda: self.published.get(number))
         return DONE if answer == "No matching subscribers" else str(answer)
+
+    def send(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
+        """`publish` without waiting for an answer."""
+        self._client.publish(topic, payload, 1, retain)
 
     async def subscribe(self, *filters: str) -> None:
         wanted = self.subscribed + len(filters)
