@@ -16,7 +16,16 @@ from hypothesis import strategies as st
 
 from coordinator.serving.inputs import size_bytes
 from potluck.bus.exchange import Envelope
-from potluck.errors import Cancelled, InvalidModel, InvalidRequest, NotFound, TimedOut, TooLarge, Unavailable
+from potluck.errors import (
+    BadMessage,
+    Cancelled,
+    InvalidModel,
+    InvalidRequest,
+    NotFound,
+    TimedOut,
+    TooLarge,
+    Unavailable,
+)
 from potluck.wire import codec, tensors
 from potluck.wire.jobs import Deploy
 from potluck.wire.questions import Infer, ListNodes
@@ -393,7 +402,8 @@ async def test_impossible_requests_are_refused_at_once(lab: Lab, stack: AsyncExi
             (listed("FP31", (1,), [1]), InvalidRequest, "FP31"),
             (listed("INT32", (1, 2), [1.5, 2]), InvalidRequest, "does not fit INT32"),
             (listed("FP32", (2**53, 2**53, 0), []), InvalidRequest, "cannot have shape"),
-            (listed("FP32", (1,) * 70, [1.0]), InvalidRequest, "cannot have shape"),
+            (listed("FP32", (1,) * 64, [1.0]), InvalidRequest, "the request has"),
+            (listed("FP32", (1,) * 65, [1.0]), BadMessage, "length <= 64"),
             (listed("BYTES", (2,), ["a", 1]), InvalidRequest, "list of strings"),
             (listed("FP64", (1, 50_000), [0] * 50_000), TooLarge, "send fewer rows"),
             (listed("FP32", (1, 3), [1, 2, 3]), InvalidRequest, "the request has"),
