@@ -228,14 +228,14 @@ def png(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize(("width", "height"), [(20_000_000, 1), (400_000, 50)])
+@pytest.mark.parametrize(("width", "height"), [(2_000_000, 1), (80_000, 25)])
 def test_an_image_of_few_rows_does_not_take_them_many_times(width: int, height: int) -> None:
-    """20 million columns, 224 times, would be 13 GB."""
+    """2 million columns, 224 times, would be 1.3 GB."""
 
     def decode(data: bytes) -> None:
         assert images.tensor(data, SMALL).shape == (224, 224, 3)
 
-    assert judge(Target("image", decode, (), list, seconds=5.0, peak_bytes=400 * 2**20), png(width, height), slower=3.0)
+    assert judge(Target("image", decode, (), list, seconds=5.0, peak_bytes=128 * 2**20), png(width, height), slower=3.0)
 
 
 @pytest.mark.parametrize("size", [(3, 40), (40, 3), (1, 300), (300, 1), (17, 19)])
