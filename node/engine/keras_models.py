@@ -34,7 +34,7 @@ def load_model(path: Path, scratch: Path, *, compiled: bool) -> Any:
 
     Raises InvalidModel, CodeNotAllowed, OutOfMemory.
     """
-    if not zipfile.is_zipfile(path) and not _is_hdf5(path):
+    if not _is_zip(path) and not _is_hdf5(path):
         raise InvalidModel(
             "the model is not a .keras file (Keras 3) or .h5 file: save it with model.save('name.keras')"
         )
@@ -108,6 +108,13 @@ def _weights_from_disk() -> Iterator[None]:
             if hasattr(owner, name):  # another version of Keras may do this differently: then leave it alone
                 stack.enter_context(mock.patch.object(owner, name, new))
         yield
+
+
+def _is_zip(path: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # one of several parts of an archive
+        return False
 
 
 def _is_hdf5(path: Path) -> bool:

@@ -96,7 +96,10 @@ class _ParquetColumns:
         for where, first, batch in self._batches([name]):
             column = _decoded(batch.column(name))
             if column.null_count == 0 and _is_text(pa, column.type):
-                texts = [text.strip() for text in column.to_pylist()]
+                try:
+                    texts = [text.strip() for text in column.to_pylist()]
+                except UnicodeDecodeError as error:
+                    raise InvalidData(f"{where}: the target {name!r} has texts that are not UTF-8") from error
                 if "" in texts:
                     raise _missing(where, first + texts.index(""), f"the target {name!r}")
                 parts.append(np.asarray(texts, object))

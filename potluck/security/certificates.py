@@ -244,11 +244,15 @@ def _described(certificate: x509.Certificate) -> Certificate:
     )
 
 
+_ODD = (x509.InvalidVersion, x509.DuplicateExtension, x509.UnsupportedGeneralNameType)
+"""Errors of the library that are no ValueError."""
+
+
 @contextmanager
 def _as_refusal(text: str) -> Iterator[None]:
     try:
         yield
-    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+    except (ValueError, TypeError, UnsupportedAlgorithm, *_ODD) as error:
         raise InvalidRequest(
             f"{text}: {str(error).splitlines()[0][:120] if str(error) else type(error).__name__}"
         ) from error
