@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import io
 import json
+import os
+import shutil
 import struct
 import tarfile
 import tempfile
@@ -36,9 +39,18 @@ OPTIONS = ImageOptions(height=8, width=8, channels=3, scale=1.0)
 
 @cache
 def scratch() -> Path:
-    """A folder of this process, on a file system in memory where there is one."""
+    """A folder of this process, on a file system in memory where there is one, until its end."""
     shared = Path("/dev/shm")
-    return Path(tempfile.mkdtemp(prefix="fuzz-", dir=shared if shared.is_dir() else None))
+    folder = Path(tempfile.mkdtemp(prefix=f"fuzz-{os.getpid()}-", dir=shared if shared.is_dir() else None))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def clean(process: int) -> None:
+    """Remove the folder of another process, which has ended without doing so."""
+    for parent in (Path("/dev/shm"), Path(tempfile.gettempdir())):
+        for folder in parent.glob(f"fuzz-{process}-*"):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def file_of(data: bytes, name: str) -> Path:
@@ -344,8 +356,6 @@ def savedmodel_tar(data: bytes) -> None:
         size = sum(path.stat().st_size for path in found if path.is_file())
         hold(size <= len(data), "a tar is not compressed")
     finally:
-        import shutil
-
         shutil.rmtree(folder, ignore_errors=True)
     hold({path.name for path in scratch().iterdir()} <= before, "nothing else is left")
 

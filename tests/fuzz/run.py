@@ -83,6 +83,8 @@ def _arguments() -> argparse.Namespace:
 
 def _fuzzed(name: str, seconds: float, memory: int) -> bool:
     """Whether nothing was found in that time."""
+    from fuzz.of_files import clean
+
     ends, fine = time.monotonic() + seconds, True
     before = set(_files(FOUND / name))
     print(f"{name}: {seconds:.0f} s", flush=True)
@@ -92,6 +94,7 @@ def _fuzzed(name: str, seconds: float, memory: int) -> bool:
         if child == 0:
             _fuzz(name, left, memory)
         _, status = os.waitpid(child, 0)
+        clean(child)
         if status == 0:
             break
         fine = False
