@@ -24,12 +24,12 @@ from potluck.credentials import Credentials
 from potluck.errors import InvalidRequest, NotAuthenticated, PotluckError, TimedOut, Unavailable, expected
 from potluck.logs import fields
 from potluck.net.addresses import lan_addresses
-from potluck.net.side import OPEN
+from potluck.net.side import CLOSED_CLIENT_PORT, OPEN, Side
 from potluck.settings import ClientSettings, PositiveSeconds, parse_address, typed
 from potluck.settings_sources import load
 from potluck.sole_use import users_here
 from potluck.wire import roles
-from potluck.wire.addresses import placed
+from potluck.wire.addresses import place, placed
 from potluck.wire.births import OURS, CoordinatorStatus, Versions, versions_of
 from potluck.wire.questions import CancelInfer, Infer, Inferred, SubmitJob, Undeploy
 from potluck.wire.topics import Topics
@@ -37,6 +37,7 @@ from potluck.wire.values import BlobRef, Message
 
 if TYPE_CHECKING:
     from potluck.blobs.download import Downloader
+    from potluck.security.cluster_file import ClusterFile
 
 log = logging.getLogger(__name__)
 
@@ -129,10 +130,10 @@ class Connection:
         if self._given_bus is not None:
             self.bus = self._given_bus
         else:
-            if self._member is None:
+            if self._member is None or self._member.known is None:
                 addresses = await self._addresses(limit_seconds)
             else:
-                addresses = self._closed_addresses(self._member)
+                addresses = await self._closed_addresses(self._member.known, self._member.side, limit_seconds)
             self.bus = MqttBus(
                 addresses,
                 self.topics,
@@ -233,45 +234,43 @@ class Connection:
 
         return following
 
-    def _closed_addresses(self, member: Membership) -> Addresses:
+    async def _closed_addresses(self, known: ClusterFile, side: Side, limit_seconds: float) -> Addresses:
         """Where the broker of our closed cluster is: the seeds that were named, else where it was when we last heard, and then mDNS.
 
-        Whoever answers must have a certificate by the cluster's CA, so all may be tried.
+        Whoever answers must have a certificate by the cluster's CA, so all may be tried. Raises Unavailable at once when every seed refuses.
         """
-        assert member.known is not None
-        settings, left = self.settings, [parse_address(one) for one in reversed(member.known.brokers)]
+        from potluck.net.discovery import broker_addresses
+
+        settings, port = self.settings, CLOSED_CLIENT_PORT
+        if settings.seeds or not settings.discovery.enabled:
+            brokers = [parse_address(seed, port) for seed in settings.seeds or known.brokers]
+            answering = await _knock(brokers, self.credentials, limit_seconds)
+            first = sorted(brokers, key=lambda broker: broker != answering)
+            return broker_addresses(replace(settings, seeds=tuple(place(*one) for one in first)), None, side)
+        left = [parse_address(one) for one in reversed(known.brokers)]
         asked: Addresses | None = None
 
         async def following() -> tuple[str, int]:
             nonlocal asked
-            if settings.seeds or not settings.discovery.enabled:
-                left.clear()
-                seeds = settings.seeds or member.known.brokers  # type: ignore[union-attr]
-                asked = asked or broker_addresses(replace(settings, seeds=seeds), None, member.side)
             if left:
                 return left.pop()
             if asked is None:
-                asked = await self._discovered(member)
+                asked = await self._discovered(known, side)
             return await asked()
-
-        from potluck.net.discovery import broker_addresses
 
         return following
 
-    async def _discovered(self, member: Membership) -> Addresses:
+    async def _discovered(self, known: ClusterFile, side: Side) -> Addresses:
         """The addresses that mDNS finds, on loopback or on the network, and those that we know."""
         from potluck.net.discovery import Discovery, broker_addresses
 
-        assert member.known is not None
         found = [
             await self._stack.enter_async_context(Discovery(self.settings.cluster, listen_host=host))
             for host in ("127.0.0.1", "0.0.0.0")  # noqa: S104 - where to look, nothing is served
         ]
-        await _first_found(
-            [one.wait_for(lambda one: member.side.broker(one) is not None, _FIND_SECONDS) for one in found]
-        )
-        heard = next((one for one in found if any(member.side.broker(service) for service in one.services())), found[1])
-        return broker_addresses(replace(self.settings, seeds=member.known.brokers), heard, member.side)
+        await _first_found([one.wait_for(lambda one: side.broker(one) is not None, _FIND_SECONDS) for one in found])
+        heard = next((one for one in found if any(side.broker(service) for service in one.services())), found[1])
+        return broker_addresses(replace(self.settings, seeds=known.brokers), heard, side)
 
     async def _renew(self) -> None:
         """Renew our certificate if its time has come. If that fails, it is good for a while still."""

@@ -4,7 +4,8 @@ They are looked for in this order, for the cluster that is named:
 
 1. the folder that the user named (`credentials`, `--credentials`, `POTLUCK_CREDENTIALS`); `none`: no credentials at all;
 2. `~/.config/potluck/<cluster>/`, where `potluck join` puts them;
-3. on the coordinator's machine `<state>/operator/` of its coordinator, for those who may read it: root, and the user of `potluck up`.
+3. on the coordinator's machine `<state>/operator/` of its coordinator, for those who may read it: root, and the user of `potluck up`;
+   not where the user names a broker.
 """
 
 from __future__ import annotations
@@ -68,16 +69,19 @@ def membership(settings: ClientSettings) -> Membership:
         return Membership(settings, Credentials.of_client())
     if settings.credentials:
         return _member(settings, Path(settings.credentials).expanduser())
-    for where in _places(settings.cluster):
+    for where in _places(settings):
         if (where / PAIR).exists():
             return _member(settings, where)
     return Membership(settings, Credentials.of_client())
 
 
-def _places(cluster: str) -> Iterator[Path]:
+def _places(settings: ClientSettings) -> Iterator[Path]:
     from potluck.security import cluster_file
 
+    cluster = settings.cluster
     yield config_folder() / cluster
+    if settings.seeds:
+        return
     for where in _operators(cluster):
         try:
             if (where / PAIR).exists() and cluster_file.read(where).cluster == cluster:
@@ -92,7 +96,7 @@ def _operators(cluster: str) -> Iterator[Path]:
     if os.geteuid() == 0:
         yield from (state / OPERATOR for state in SERVICE_STATES)
     for user in users_here():
-        if user.what == "coordinator" and user.cluster == cluster and user.folder:
+        if user.what == "coordinator" and user.cluster == cluster and user.folder and not user.elsewhere:
             yield Path(user.folder) / OPERATOR
 
 

@@ -23,15 +23,13 @@ from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZerocon
 from potluck.errors import Unavailable
 from potluck.logs import fields
 from potluck.net.addresses import lan_addresses, reachable_addresses
-from potluck.net.side import CA_DIGITS, OPEN, Side
-from potluck.settings import BROKER_PORT, BrokerSettings, NetworkSettings, is_loopback, parse_address, typed
+from potluck.net.side import CA_DIGITS, CLOSED_CLIENT_PORT, CLOSED_PORT, OPEN, Side
+from potluck.settings import BROKER_PORT, NetworkSettings, is_loopback, parse_address, typed
 from potluck.wire.births import PROTOCOL_VERSION
 
 log = logging.getLogger(__name__)
 
 SERVICE_TYPE = "_potluck._tcp.local."
-CLOSED_PORT, CLOSED_CLIENT_PORT = BrokerSettings().closed_port, BrokerSettings().client_port
-"""The ports of a closed cluster's broker, where an address names none: for nodes, and for clients."""
 RESOLVE_MILLISECONDS = 3000
 FIND_SECONDS = 5.0
 ASKS_SECONDS = 4.0

@@ -5,10 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from potluck.settings import BrokerSettings
+
 if TYPE_CHECKING:
     from potluck.net.discovery import Service
 
 CA_DIGITS: Final = 16
+CLOSED_PORT, CLOSED_CLIENT_PORT = BrokerSettings().closed_port, BrokerSettings().client_port
+"""The ports of a closed cluster's broker, where an address names none: for nodes, and for clients."""
 
 
 def ca_hint(fingerprint: bytes) -> str:

@@ -88,6 +88,7 @@ def test_on_the_coordinators_machine_its_operator_is_found(
         monkeypatch.setattr(module, "users_here", lambda: [running])
     found = membership(ClientSettings(cluster="attic"))
     assert (found.where, found.name, found.ours) == (where, "operator-attic", False)
+    assert membership(ClientSettings(cluster="attic", seeds=("h",))).known is None, "who names a broker means that one"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, who may give files away")
