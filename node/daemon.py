@@ -347,7 +347,9 @@ class Node:
         node, cluster = f"node {self.node_id}", f"cluster {self.settings.cluster}"
         if self._presence.joined:
             missing = f", whose coordinator speaks version {self._foreign} of the protocol, but this node speaks {OURS}"
-            missing = missing if self._foreign else ", which has no coordinator"
+            # The broker of a closed cluster lets a removed node connect, and tells it nothing.
+            alone = ", which has no coordinator" + (", or has removed this node" if self.member else "")
+            missing = missing if self._foreign else alone
             where = f"{node} is in {cluster}" + ("" if self._coordinated and not self._foreign else missing)
         elif self._presence.births:
             where = f"{node} has no connection to the broker of {cluster}, trying again"

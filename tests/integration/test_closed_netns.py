@@ -141,6 +141,7 @@ def test_a_machine_founds_a_closed_cluster_and_another_joins_by_token(hosts: Hos
     removed = hosts.ask(hosts.first, "nodes", "remove", "second")
     assert removed.returncode == 0, removed.stderr
     hosts.until(served(hosts, 1), "the end of the second node", REMOVED_SECONDS)
+    hosts.until(lambda: "or has removed this node" in hosts.said(hosts.second), "a word on it at the second host")
 
     # the founder comes back as what it was
     hosts.processes[hosts.first].send_signal(signal.SIGTERM)

@@ -12,8 +12,10 @@ from typer.testing import CliRunner, Result
 
 from potluck.cli.main import app
 from potluck.errors import InvalidRequest, NotFound, Unavailable
-from potluck.service import installing, systemd
+from potluck.security.cluster_file import ClusterFile
+from potluck.service import installing, joining, systemd
 from potluck.settings import CoordinatorSettings, GatewayListen, NodeSettings
+from potluck.wire.tokens import JoinToken
 
 
 @pytest.fixture(autouse=True)
@@ -48,23 +50,62 @@ def test_without_systemd_it_says_what_to_do(tmp_path: Path, monkeypatch: pytest.
 def test_install_says_what_to_type_on_the_next_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
 
-    def install(daemons: tuple[str, ...], changes: dict[str, object]) -> list[installing.Installed]:
-        asked.append((daemons, changes))
+    def lead(changes: dict[str, object], *, node: bool) -> tuple[list[installing.Installed], str]:
+        asked.append((node, changes))
         settings = CoordinatorSettings(cluster="attic", listen=GatewayListen(host="10.0.0.7", insecure=True))
-        return [installing.Installed("coordinator", Path("/etc/potluck/coordinator.toml"), settings)]
+        return [installing.Installed("coordinator", Path("/etc/potluck/coordinator.toml"), settings)], ""
 
-    monkeypatch.setattr(installing, "install", install)
+    monkeypatch.setattr(joining, "lead", lead)
+    monkeypatch.setattr(installing, "founds", lambda seeds: False)
     done = call("install", "--role", "coordinator", "--insecure", "--cluster", "attic")
     command = 'sudo "$(command -v potluck)" service install --seed 10.0.0.7 --insecure --cluster attic'
     assert f"On the next machine, after installing potluck there: {command}\n" in done.stdout
     changes = {"cluster": "attic", "listen.host": "0.0.0.0", "listen.insecure": True}
-    assert asked.pop() == (("coordinator", "node"), changes)
+    assert asked.pop() == (True, changes)
     done = call("install", "--role", "coordinator", "--no-node", "--json")
     assert json.loads(done.stdout) == {
         "services": ["potluck-coordinator"], "settings": ["/etc/potluck/coordinator.toml"], "next": command,
     }  # fmt: skip
-    assert asked.pop() == (("coordinator",), {})
+    assert asked.pop() == (False, {})
     assert isinstance(call("install", "--no-node").exception, InvalidRequest)
+
+
+def test_a_coordinator_on_a_network_founds_and_its_token_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    def lead(changes: dict[str, object], *, node: bool) -> tuple[list[installing.Installed], str]:
+        asked.append(changes)
+        settings = CoordinatorSettings(listen=GatewayListen(host="0.0.0.0"))
+        return [installing.Installed("coordinator", Path("/etc/potluck/coordinator.toml"), settings)], "POTLUCK-1-X"
+
+    monkeypatch.setattr(joining, "lead", lead)
+    monkeypatch.setattr(installing, "founds", lambda seeds: not seeds)
+    done = call("install", "--role", "coordinator")
+    assert "service install --join POTLUCK-1-X\n" in done.stdout
+    assert asked.pop() == {"listen.host": "0.0.0.0", "listen.insecure": False}
+    call("install", "--role", "coordinator", "--seed", "h")
+    assert asked.pop() == {"seeds": ["h"]}
+    call("install", "--role", "coordinator", "--listen", "127.0.0.1")
+    assert asked.pop() == {"listen.host": "127.0.0.1", "listen.insecure": False}
+
+
+def test_a_node_joins_with_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    token = JoinToken(bytes(16), ("h:7814",), bytes(5), bytes(16))
+    asked: list[object] = []
+
+    def install(given: JoinToken, changes: dict[str, object]) -> tuple[list[installing.Installed], ClusterFile]:
+        asked.append((given, changes))
+        known = ClusterFile("attic", "1", ("h:8883",), ("h:7814",), "node:n1")
+        return [installing.Installed("node", Path("/etc/potluck/node.toml"), NodeSettings())], known
+
+    monkeypatch.setattr(joining, "install", install)
+    done = call("install", "--join", token.text())
+    assert "potluck-node is node:n1 of the closed cluster 'attic' now" in done.stdout
+    assert asked.pop() == (token, {"listen.host": "0.0.0.0", "listen.insecure": False})
+    for wrong in (["--insecure"], ["--role", "coordinator"]):
+        assert isinstance(call("install", "--join", token.text(), *wrong).exception, InvalidRequest)
+    assert isinstance(call("install", "--join", "POTLUCK-1-X").exception, InvalidRequest)
+    assert not asked
 
 
 def test_a_machine_that_serves_only_itself_names_no_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
