@@ -16,7 +16,7 @@ from potluck.wire.topics import Topics
 from support import attackers
 from support.paho_peer import Peer
 
-QUOTA_BYTES = 100_000
+QUOTA_BYTES = 4_000_000
 IDLE_SECONDS = 3.0
 
 
