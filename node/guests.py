@@ -26,7 +26,7 @@ def refusal(certificate: dict[str, Any], method: str, path: str, is_revoked: Cal
     """Why whoever has this certificate (as `ssl.SSLSocket.getpeercert` gives it) may not ask this; "": it may."""
     identity = identity_of(certificate)
     if not identity:
-        return "your certificate names no member"
+        return "your certificate names no member, or has ended since this connection was made"
     if is_revoked(identity):
         return f"{identity} was removed from the cluster"
     kind = identity.partition(":")[0]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
+import time
 from typing import Any
 
 from aiohttp import web
@@ -27,7 +29,8 @@ def is_secured(transport: asyncio.BaseTransport | None) -> bool:
 
 
 def peer_identity(transport: asyncio.BaseTransport | None) -> str:
-    """The identity in the peer's certificate; "": it showed none, its name is no identity, there is no TLS, or it has left.
+    """The identity in the peer's certificate; "": it showed none, or one that has ended since, its name is no identity, there is no TLS,
+    or it has left.
 
     OpenSSL has checked the certificate against the cluster's CA. Whether its owner is a member still is for others to say.
     """
@@ -41,7 +44,15 @@ def asker(request: web.BaseRequest) -> str:
     return known or peer_identity(request.transport)
 
 
-def identity_of(certificate: dict[str, Any]) -> str:
-    """The identity in a certificate, which is as `ssl.SSLSocket.getpeercert` gives it; "": there is not exactly one name in it."""
+def identity_of(certificate: dict[str, Any], now: float | None = None) -> str:
+    """The identity in a certificate, which is as `ssl.SSLSocket.getpeercert` gives it; "": it has ended, or there is not exactly one name
+    in it. `now`: Unix time; None: by our clock.
+
+    OpenSSL looks at the time in the handshake only, and a connection may last longer than its certificate. Who was removed is remembered
+    until then, and the name may be given to somebody else after it.
+    """
+    ended = certificate.get("notAfter")
+    if ended is not None and ssl.cert_time_to_seconds(ended) < (time.time() if now is None else now):
+        return ""
     names = [value for parts in certificate.get("subject", ()) for key, value in parts if key == _NAME]
     return names[0] if len(names) == 1 and is_identity(names[0]) else ""

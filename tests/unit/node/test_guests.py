@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from node.guests import refusal
+from potluck.net.peers import identity_of
 
 GONE = "node:gone"
 
@@ -45,3 +46,11 @@ def test_who_may(certificate: dict[str, Any], blobs: bool, inputs: bool) -> None
         ("POST", "/inputs", inputs),
     ):
         assert (asked(certificate, method, path) == "") is may, (method, path)
+
+
+def test_a_connection_lasts_no_longer_than_its_certificate() -> None:
+    """Else whoever was removed could come back when its certificate, and with it its place in the list of the removed, has ended."""
+    certificate = shown("node:n2") | {"notAfter": "Nov 30 12:00:00 2026 GMT"}
+    assert identity_of(certificate, 1796040000.0) == "node:n2"
+    assert identity_of(certificate, 1796040001.0) == ""
+    assert asked(shown("node:n2") | {"notAfter": "Nov 30 12:00:00 2020 GMT"}, "GET", "/blobs/00")
