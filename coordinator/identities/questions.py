@@ -11,7 +11,7 @@ from msgspec import Struct
 from coordinator.identities.journaled import JournaledMembers
 from coordinator.identities.members import MemberTaken, bearer_text
 from coordinator.identities.rules import Rules
-from potluck.errors import InvalidRequest
+from potluck.errors import InvalidRequest, NotAuthenticated, PotluckError
 from potluck.wire import codec
 from potluck.wire.members import (
     BearerCreated,
@@ -58,6 +58,10 @@ class MemberQuestions:
     async def answer(self, question: Message, caller: Caller) -> Message:
         """The answer, once what it says is on the disk and holds. Raises a PotluckError if that is the answer."""
         now, table = self._known.clock(), self._known.members
+        asking = table.known.get(caller.identity)
+        if asking is not None and not asking.stands(now):
+            # Removed after its question was let in, and before this: what it makes now would outlast it.
+            raise NotAuthenticated(f"{caller.identity} is no member of this cluster any more")
         match question:
             case CreateToken():
                 token_id, secret = secrets.token_bytes(ID_BYTES), secrets.token_bytes(SECRET_BYTES)
@@ -95,8 +99,14 @@ class MemberQuestions:
         self._known.record(events)
         await self._known.safe()
         gone = [event.identity for event in events if isinstance(event, MemberTaken)]
+        failed: list[PotluckError] = []
         for one in gone or [identity]:
-            await self._rules.remove(one)
+            try:
+                await self._rules.remove(one)
+            except PotluckError as error:  # the others go all the same
+                failed.append(error)
+        if failed:
+            raise failed[0]
 
 
 def _page(found: Iterable[P]) -> tuple[tuple[P, ...], bool]:

@@ -13,7 +13,7 @@ from coordinator.identities.authority import Authority, new_pair
 from coordinator.identities.journaled import JournaledMembers
 from potluck.bus.connecting import take_over
 from potluck.credentials import Credentials
-from potluck.errors import PotluckError
+from potluck.errors import PotluckError, Unavailable
 from potluck.logs import Seldom, fields
 from potluck.net.broker import ClosedBroker
 from potluck.security import certificates, contexts, folder
@@ -47,6 +47,8 @@ class Rules:
         self._applied = -1
         self._holds = (0.0, 0.0)
         """From when until when the rules hold if nobody changes: then somebody's certificate ends, or our clock was set back."""
+        self._allowed = {one.identity for one in members.members.allowed(members.clock())}
+        """Who has rights at the broker."""
         self._to_end: set[str] = set()
         self._seldom = Seldom(LOG_SECONDS)
         self.on_removed: Callable[[str], Awaitable[None]] = _nothing
@@ -68,8 +70,10 @@ class Rules:
     async def remove(self, identity: str) -> None:
         """Take the rights of a member that was removed, and end its connections. Returns when that is done, or was tried."""
         self._to_end.add(identity)
-        await self.apply()
-        await self.on_removed(identity)
+        try:
+            await self.apply()
+        finally:  # the broker has its rules later then, but nodes and our HTTP server must not wait for it
+            await self.on_removed(identity)
         await self._end(identity)
 
     async def run(self) -> NoReturn:
@@ -95,8 +99,16 @@ class Rules:
 
     async def _apply(self) -> None:
         changes, now, table = self._members.changes, self._members.clock(), self._members.members
-        holds = now, table.next_end(now)
-        await self._broker.allow(table.allowed(now))
+        holds, wanted = (now, table.next_end(now)), table.allowed(now)
+        held = [one.identity for one in wanted if one.identity not in self._allowed and await self._cut(one.identity)]
+        wanted = tuple(one for one in wanted if one.identity not in held)
+        await self._broker.allow(wanted)
+        self._allowed = {one.identity for one in wanted}
+        if held:
+            raise Unavailable(
+                f"{held[0]} gets no rights while a connection of whoever had this name before cannot be ended: ask again",
+                retry_after_seconds=1.0,
+            )
         self._applied, self._holds = changes, holds
 
     async def _end(self, identity: str) -> None:
@@ -104,14 +116,27 @@ class Rules:
         if self._members.members.standing(identity, self._members.clock()) is not None:
             self._to_end.discard(identity)  # it was let in anew meanwhile
             return
+        count, failed = self._count(identity), await self._cut(identity)
+        if not failed:
+            self._to_end.discard(identity)
+            log.info("connections of a removed member ended %s", fields(member=identity, count=count))
+        elif (more := self._seldom.due(f"end {identity}")) is not None:
+            facts = fields(member=identity, count=len(failed), reason=str(failed[0]), more=more or None)
+            log.warning("connections of a removed member still stand, without any right %s", facts)
+
+    async def _cut(self, identity: str) -> list[PotluckError]:
+        """End the connections of this name, which has no rights at the broker; returns why some still stand.
+
+        mosquitto keeps a connection for longer than its certificate, and judges by the name alone: whoever had a name before must be gone
+        when it gets rights again.
+        """
         # On the port for daemons an id is the identity, and nowhere else.
         ids = [one for one, who in self._broker.client_ids.items() if who == identity and one != identity]
         places = [(one, self._broker.client_port) for one in ids]
-        if identity.startswith("node:") or identity in self._broker.client_ids:
+        if identity in self._broker.client_ids or (identity in self._to_end and identity.startswith("node:")):
             places.append((identity, self._broker.port))
         if not places:
-            self._to_end.discard(identity)
-            return
+            return []
         ours = self._credentials(identity)
         at_once = asyncio.Semaphore(AT_ONCE)
 
@@ -120,16 +145,16 @@ class Rules:
                 await take_over((self._host, port), ours, client_id, CONNECT_SECONDS)
 
         ended = await asyncio.gather(*(end(*place) for place in places), return_exceptions=True)
-        failed = [one for one in ended if isinstance(one, BaseException)]
-        for error in failed:
-            if not isinstance(error, PotluckError):
+        failed: list[PotluckError] = []
+        for error in ended:
+            if isinstance(error, PotluckError):
+                failed.append(error)
+            elif isinstance(error, BaseException):
                 raise error
-        if not failed:
-            self._to_end.discard(identity)
-            log.info("connections of a removed member ended %s", fields(member=identity, count=len(places)))
-        elif (more := self._seldom.due(f"end {identity}")) is not None:
-            facts = fields(member=identity, count=len(failed), reason=str(failed[0]), more=more or None)
-            log.warning("connections of a removed member still stand, without any right %s", facts)
+        return failed
+
+    def _count(self, identity: str) -> int:
+        return sum(who == identity for who in self._broker.client_ids.values())
 
     def _credentials(self, identity: str) -> Credentials:
         """Credentials in the member's name, for a minute."""

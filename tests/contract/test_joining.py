@@ -18,14 +18,23 @@ from coordinator.identities.joining import RENEWALS
 from coordinator.identities.tries import EACH
 from potluck.bus.mqtt import Envelope, MqttBus, in_turn
 from potluck.credentials import Credentials
-from potluck.errors import NotFound, Unavailable
+from potluck.errors import NotAuthenticated, NotFound, Unavailable
 from potluck.security import certificates, contexts
 from potluck.security.certificates import COORDINATOR
 from potluck.settings import BusTimings
 from potluck.wire import joining, tokens
 from potluck.wire.births import NodeTelemetry
 from potluck.wire.joining import BODY_LIMIT_BYTES, CA_PATH, JOIN_PATH, RENEW_PATH, Joined
-from potluck.wire.members import BearerCreated, CreateBearer, ListMembers, MembersListed, RemoveMember, RemoveToken
+from potluck.wire.members import (
+    BearerCreated,
+    CreateBearer,
+    CreateToken,
+    ListMembers,
+    MembersListed,
+    RemoveMember,
+    RemoveToken,
+)
+from potluck.wire.roles import Caller
 from potluck.wire.topics import Topics
 from support.brokers import mosquitto_or_skip
 from support.eventually import eventually
@@ -262,6 +271,52 @@ async def test_every_connection_of_a_removed_client_ends(home: Cluster) -> None:
         await eventually(lambda: [bus.counters["connects"] for bus in (one, two)] > counted)
     with pytest.raises(NotFound):
         await home.closed.questions.answer(RemoveMember(identity="client:bob"), ADMIN)
+
+
+async def test_whoever_had_a_name_before_does_not_get_its_rights_again(home: Cluster) -> None:
+    """mosquitto keeps connections for longer than their certificates last, and judges by names: those of two machines are the same."""
+    _, where = await home.join(await home.token(role="user"), "ann")
+    async with on_the_bus(home, where, "client") as former:
+        await former.connected(5)
+        await home.closed.questions.answer(RemoveMember(identity="client:ann"), ADMIN)
+        await eventually(lambda: former.counters["connects"] == 2)  # it came back, without rights
+        await eventually(lambda: "client:ann" in home.closed.broker.client_ids.values())
+        table = home.closed.known.members
+        table.known["client:ann"] = replace(table.known["client:ann"], certificate_until=1.0)  # a week later
+        await home.join(await home.token(role="operator"), "ann")
+        await eventually(lambda: former.counters["connects"] == 3)
+
+
+async def test_a_removal_is_told_also_while_the_broker_takes_no_rules(
+    home: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("ann", "bob"):
+        await home.join(await home.token(role="operator"), name)
+    made = await home.closed.questions.answer(CreateBearer(name="bot"), Caller("client:ann", "operator"))
+    assert isinstance(made, BearerCreated)
+    told: list[str] = []
+
+    async def removed(identity: str) -> None:
+        told.append(identity)
+
+    async def busy(members: object) -> None:
+        raise Unavailable("the broker is busy")
+
+    home.closed.on_removed = removed
+    monkeypatch.setattr(home.closed.broker, "allow", busy)
+    with pytest.raises(Unavailable, match="busy"):
+        await home.closed.questions.answer(RemoveMember(identity="client:ann"), ADMIN)
+    assert told == ["client:ann", "client:bot"]
+
+
+async def test_what_a_removed_operator_asked_for_just_before_is_not_made(home: Cluster) -> None:
+    """Its question was let in, and then the one that removes it was carried out first."""
+    await home.join(await home.token(role="operator"), "ann")
+    await home.closed.questions.answer(RemoveMember(identity="client:ann"), ADMIN)
+    for question in (CreateToken(role="operator"), CreateBearer(name="bot", role="operator")):
+        with pytest.raises(NotAuthenticated, match="any more"):
+            await home.closed.questions.answer(question, Caller("client:ann", "operator"))
+    assert "client:bot" not in home.closed.known.members.known
 
 
 async def test_a_request_of_a_removed_member_is_broken_off(home: Cluster) -> None:
