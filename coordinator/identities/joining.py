@@ -9,6 +9,7 @@ import asyncio
 import hashlib
 import logging
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 
 from aiohttp import web
@@ -41,7 +42,9 @@ BODY_SECONDS = 5.0
 RULES_SECONDS = 10.0
 """How long the broker may take to read its rules."""
 AT_ONCE = 256
-"""How many may join at the same time."""
+"""How many whom the coordinator lets in may wait for disk and broker at the same time."""
+BODIES_EACH = 32
+"""How many questions of one address may be under way whose body has not come: they may be anybody's."""
 RENEWALS = 10
 """How often one member may renew its certificate in a minute: each is an event on the disk."""
 LOG_SECONDS = 60.0
@@ -79,9 +82,16 @@ class Joining:
         self._cluster_id = cluster_id
         self._seconds = seconds
         self._busy = 0
+        self._coming: Counter[str] = Counter()
+        """Questions whose body has not come, by address."""
         self.tries = Tries()
         self._renewals = Tries(each=RENEWALS)
         self._seldom = Seldom(LOG_SECONDS)
+
+    @property
+    def coming(self) -> int:
+        """How many questions to join are under way whose body has not come."""
+        return self._coming.total()
 
     def routes(self) -> list[web.RouteDef]:
         return [
@@ -97,7 +107,18 @@ class Joining:
         place = neighbourhood(request.remote or "")
         if wait := self.tries.wait(place, time.monotonic()):
             raise _too_often(wait)
-        asked = joining.decode(await _body(request), JoinRequest)
+        if self._coming[place] >= BODIES_EACH:
+            raise Overloaded(
+                f"{BODIES_EACH} machines at your address are about to join: try again", retry_after_seconds=1.0
+            )
+        self._coming[place] += 1
+        try:
+            body = await _body(request)
+        finally:
+            self._coming[place] -= 1
+            if not self._coming[place]:
+                del self._coming[place]
+        asked = joining.decode(body, JoinRequest)
         try:
             token = self._members.members.token(asked.token_id, asked.secret)
         except NotAuthenticated as error:
@@ -147,14 +168,19 @@ class Joining:
         return certificate, certificates.read(certificate).not_after
 
     async def _take(self, events: list[AnyIdentityEvent]) -> None:
-        """Record, and return when it is safe on the disk and the broker knows."""
-        self._members.record(events)
-        await self._members.safe()
+        """Record, and return when it is safe on the disk and the broker knows. Only those come here who are let in."""
+        if self._busy >= AT_ONCE:
+            raise Overloaded("too many machines join now: try again", retry_after_seconds=1.0)
+        self._busy += 1
         try:
+            self._members.record(events)
+            await self._members.safe()
             async with asyncio.timeout(RULES_SECONDS):
                 await self._apply()
         except TimeoutError as error:
             raise Unavailable("the broker takes long to read its rules: ask again", retry_after_seconds=1.0) from error
+        finally:
+            self._busy -= 1
 
     def _joined(self, identity: str, certificate: bytes) -> Joined:
         brokers, http = self._places(identity.partition(":")[0])
@@ -174,15 +200,10 @@ class Joining:
         """`handler`, with its errors as answers in JSON."""
 
         async def answered(request: web.Request) -> web.Response:
-            if self._busy >= AT_ONCE:
-                return _problem(Overloaded("too many machines join now: try again", retry_after_seconds=1.0))
-            self._busy += 1
             try:
                 return web.Response(body=joining.encode(await handler(request)), content_type="application/json")
             except Exception as error:  # noqa: BLE001 - whoever asked hears of it, and nobody else
                 return _problem(as_defect(error, request.path))
-            finally:
-                self._busy -= 1
 
         return answered
 

@@ -134,6 +134,31 @@ async def test_bodies_have_limits(home: Cluster, monkeypatch: pytest.MonkeyPatch
     assert await answered("Content-Length: 100", b"{") == "408"
 
 
+async def test_strangers_who_send_slowly_keep_nobody_out(home: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coordinator.identities.joining.AT_ONCE", 2)
+    monkeypatch.setattr("coordinator.identities.joining.BODIES_EACH", 3)
+    token = await home.token(uses=2)
+    _, where = await home.join(token, "kitchen")
+    host, _, port = home.url.removeprefix("https://").partition(":")
+    slow = []
+    for number in range(1, 4):
+        _, writer = await asyncio.open_connection(
+            host, int(port), ssl=home.trusting(), local_addr=("127.0.0.2", 0), server_hostname="x"
+        )
+        slow.append(writer)
+        writer.write(f"POST {JOIN_PATH} HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{{".encode())
+        await eventually(lambda number=number: home.closed.joining.coming == number)  # type: ignore[misc]
+    assert (await home.renew(where, "node", KEY))[0] == 200
+    await home.join(token, "attic")
+    connector = aiohttp.TCPConnector(ssl=home.trusting(), local_addr=("127.0.0.2", 0))
+    async with aiohttp.ClientSession(connector=connector) as session:
+        async with session.post(home.url + JOIN_PATH, data=b"{") as answer:
+            assert answer.status == 429, "they may only have so many"
+    for writer in slow:
+        writer.transport.abort()
+    await eventually(lambda: home.closed.joining.coming == 0)
+
+
 async def test_an_answer_comes_when_it_is_on_the_disk_and_in_the_rules(
     home: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
