@@ -14,6 +14,7 @@ from aiohttp import hdrs, web
 from coordinator.callers import ANY_MEMBER, Callers, require
 from coordinator.gateway.answers import Handler, refused
 from potluck.errors import NotAllowed, NotAuthenticated
+from potluck.net.http import recognised
 from potluck.net.peers import ASKER, kept, peer_identity
 from potluck.wire.joining import CA_PATH, JOIN_PATH, RENEW_PATH
 from potluck.wire.roles import Caller
@@ -99,6 +100,7 @@ class Gate:
         except (NotAuthenticated, NotAllowed) as error:
             return refused(error)
         request[CALLER], request[ASKER] = caller, caller.identity
+        recognised(request)
         return None
 
     def _caller(self, request: web.Request) -> Caller:

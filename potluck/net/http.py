@@ -21,7 +21,7 @@ from aiohttp.typedefs import Middleware
 from potluck.credentials import Credentials
 from potluck.errors import InvalidRequest
 from potluck.logs import SeldomFilter, fields
-from potluck.net.peers import asker, is_secured
+from potluck.net.peers import asker, is_secured, peer_identity
 from potluck.settings import HttpSettings
 from potluck.wire.identities import ANONYMOUS, CALLER_HEADER, is_identity
 
@@ -42,6 +42,10 @@ HANDSHAKE_SECONDS = 10.0
 """How long a TLS handshake may take, and the farewell of TLS at the end."""
 HALF_OPEN_LIMIT = 128
 """Most connections whose TLS handshake is not done. Each takes a quarter of a megabyte."""
+STRANGERS_LIMIT = 256
+"""Most connections over TLS of those who have not shown who they are. Each takes a quarter of a megabyte, and costs them nothing."""
+STRANGERS_SHARE = 4
+"""And they have at most this part of all connections: a quarter."""
 _ACCEPT_AGAIN_SECONDS = 1.0
 _SWEEPS = 4
 """How many sweeps there are in the time that a head may take."""
@@ -122,10 +126,15 @@ class _Peer:
     def __init__(self) -> None:
         self.open = 0
         self.waiting: dict[_Connection, None] = {}
+        self.strangers: dict[_Connection, None] = {}
+        """Those that have not shown who they are, the oldest first."""
 
 
 class _Door:
-    """Limits connections. If it is full, a connection that waits for its next request is closed, or else the new one."""
+    """Limits connections. If it is full, a connection that waits for its next request is closed, or else the new one.
+
+    In a closed cluster, strangers have few places and lose them first: whoever has shown who they are never makes room for one.
+    """
 
     def __init__(self, limits: HttpSettings) -> None:
         self.limits = limits
@@ -135,13 +144,18 @@ class _Door:
         soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         by_files = limits.connections if soft < 0 else max(2, (soft - _RESERVED_FILES) // _FILES_EACH)
         self._connections = min(limits.connections, by_files)
+        self._strangers_limit = max(1, min(STRANGERS_LIMIT, self._connections // STRANGERS_SHARE))
+        self.strangers = 0
 
     def enter(self, connection: _Connection) -> bool:
         """Whether there is room for it; if so, it is counted."""
+        if connection.stranger and self.strangers >= self._strangers_limit and not self._free_stranger(connection.peer):
+            self._left(connection.peer)
+            return False
         peer = self._peers[connection.peer]
         if peer.open >= self.limits.connections_per_address and not self._free(peer, connection.peer):
             return False
-        if self.open >= self._connections:
+        if self.open >= self._connections and not (self.strangers and self._free_stranger(connection.peer)):
             # One of the address that has most of them: a client must not lose connections because another holds many.
             host, most = max(self._peers.items(), key=lambda item: len(item[1].waiting))
             if not self._free(most, host):
@@ -151,9 +165,13 @@ class _Door:
         peer.open += 1
         self.open += 1
         self.inside.add(connection)
+        if connection.stranger:
+            peer.strangers[connection] = None
+            self.strangers += 1
         return True
 
     def leave(self, connection: _Connection) -> None:
+        self.knows(connection)
         peer = self._peers[connection.peer]
         peer.waiting.pop(connection, None)
         self.inside.discard(connection)
@@ -168,6 +186,12 @@ class _Door:
 
     def works(self, connection: _Connection) -> None:
         self._peers[connection.peer].waiting.pop(connection, None)
+
+    def knows(self, connection: _Connection) -> None:
+        """It is no stranger's any more."""
+        strangers = self._peers[connection.peer].strangers
+        self.strangers -= connection in strangers
+        strangers.pop(connection, None)
 
     async def sweep(self) -> NoReturn:
         """Close connections whose head takes too long, or that never sent a byte. Runs until cancelled."""
@@ -193,6 +217,23 @@ class _Door:
         connection.give_up()
         return True
 
+    def _free_stranger(self, host: str) -> bool:
+        """Close a connection of the address that has most strangers: one that waits, or one at work if the new one's address has fewer.
+
+        Returns whether there was one. `host`: the address of the new one.
+        """
+        most = max(self._peers.values(), key=lambda peer: len(peer.strangers))
+        victim = next((one for one in most.strangers if one in most.waiting and one.quiet), None)
+        if victim is None and len(most.strangers) > len(self._peers[host].strangers) + 1:
+            victim = next(iter(most.strangers))
+        where = fields(peer=host, strangers=self.strangers, all=self.open)
+        if victim is None:
+            log.warning("stranger refused: there are many %s", where)
+            return False
+        log.warning("stranger closed for a new connection %s", where)
+        victim.give_up()
+        return True
+
     def _left(self, host: str) -> None:
         if not self._peers[host].open:
             del self._peers[host]
@@ -216,6 +257,8 @@ class _Connection(web.RequestHandler):
         self._door = door
         self._inside = False
         self.peer = ""
+        self.stranger = False
+        """Whether it is over TLS, and whoever made it has shown no certificate and no bearer token."""
         self.came_at = _NEVER
         self.heard = False
         """Whether a byte ever came."""
@@ -230,6 +273,7 @@ class _Connection(web.RequestHandler):
         assert isinstance(transport, asyncio.Transport)
         self._line = transport
         self.peer = str((transport.get_extra_info("peername") or ("",))[0])
+        self.stranger = self.raw is not None and not peer_identity(transport)
         if not self._door.enter(self):
             transport.write(_FULL)
             transport.close()
@@ -257,6 +301,12 @@ class _Connection(web.RequestHandler):
         if self.raw is not None and self.raw.get_write_buffer_size():  # TLS does not count it
             return False
         return self.transport is None or self.transport.get_write_buffer_size() == 0
+
+    def recognised(self) -> None:
+        """Tell the door that this is no stranger's connection."""
+        if self.stranger and self._inside:
+            self._door.knows(self)
+        self.stranger = False
 
     def works(self) -> None:
         """Tell the door that the head of a request is whole."""
@@ -396,6 +446,12 @@ class _Porter(asyncio.Protocol):
         connection.connection_made(transport)
         for data in self._early:
             connection.data_received(data)
+
+
+def recognised(request: web.BaseRequest) -> None:
+    """Whoever sent this has shown who they are, also without a certificate: their connection is no stranger's."""
+    if isinstance(request.protocol, _Connection):
+        request.protocol.recognised()
 
 
 @web.middleware

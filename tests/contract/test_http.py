@@ -21,7 +21,7 @@ from potluck.blobs.store import BlobStore
 from potluck.credentials import Credentials
 from potluck.net import http
 from potluck.net.http import LEAST_RATE, Patience, serve_http
-from potluck.security import certificates
+from potluck.security import certificates, contexts
 from potluck.settings import HttpSettings
 from potluck.wire.addresses import address
 from support.closed import Authority
@@ -220,6 +220,58 @@ async def test_the_limit_of_files_bounds_connections(serve: Serve) -> None:
         assert await asyncio.wait_for(crowd[0][0].read(), 5) == b""
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+async def test_strangers_keep_no_member_out(
+    stack: AsyncExitStack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A coordinator's server takes clients without a certificate: each costs it a quarter of a megabyte, and them nothing."""
+    monkeypatch.setattr(http, "STRANGERS_LIMIT", 4)
+    authority = Authority()
+    where = authority.member(tmp_path / "home", "coordinator", certificates.coordinator_profile("attic"))
+    member = Credentials.load(authority.member(tmp_path / "n1", "node", certificates.node_profile("n1")), "node")
+    sock = socket.create_server((HOST, 0))
+    strangers = Guests(sock.getsockname()[1], contexts.trusting(authority.ca, certificates.PEER))
+    members = Guests(strangers.port, member.client_tls)
+
+    async def quick(request: web.Request) -> web.Response:
+        if "Authorization" in request.headers:
+            http.recognised(request)
+        return web.Response(text="here")
+
+    async def slow(request: web.Request) -> web.Response:
+        strangers.at_work += 1
+        await strangers.let.wait()
+        return web.Response(text="at last")
+
+    limits = HttpSettings(connections=16, connections_per_address=16, idle_seconds=60.0, header_seconds=60.0)
+    routes = [web.get("/quick", quick), web.get("/slow", slow)]
+    credentials = Credentials.load(where, "coordinator")
+    await stack.enter_async_context(serve_http(sock, routes, credentials, limits=limits))
+    for guests in (strangers, members):
+        stack.push_async_callback(guests.go)
+    stack.callback(strangers.let.set)
+
+    mine, writer = await members.come(b"GET /quick HTTP/1.1\r\nHost: x\r\n\r\n")
+    await asyncio.wait_for(mine.readuntil(b"here"), 5)
+    bearer, _ = await strangers.come(b"GET /quick HTTP/1.1\r\nHost: x\r\nAuthorization: x\r\n\r\n")
+    await asyncio.wait_for(bearer.readuntil(b"here"), 5)
+    busy = [await strangers.come(b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n", "127.0.0.2") for _ in range(4)]
+    await eventually(lambda: strangers.at_work == 4)
+    for _ in range(20):
+        refused, _ = await strangers.come(host="127.0.0.2")
+        assert (await asyncio.wait_for(refused.read(), 5)).startswith(b"HTTP/1.1 503 ")
+    assert await asked(strangers, "127.0.0.3") == "200 here", "one address does not keep the others out"
+    assert await asyncio.wait_for(busy[0][0].read(), 5) == b"", "it lost one"
+    for _ in range(12):
+        assert await asked(members) == "200 here"
+    for reader in (mine, bearer):
+        assert not reader.at_eof()
+    crowd = [await members.come(b"GET /quick HTTP/1.1\r\nHost: x\r\n\r\n") for _ in range(13)]
+    for reader, _ in crowd:
+        assert await asyncio.wait_for(reader.readuntil(b"here"), 5)
+    writer.write(b"GET /quick HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert await asyncio.wait_for(mine.readuntil(b"here"), 5), "members make no room where strangers are"
 
 
 TLS = pytest.mark.parametrize("credentials", ["mTLS"], indirect=True)
