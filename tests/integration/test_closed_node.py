@@ -18,6 +18,7 @@ import pytest
 from msgspec.structs import replace
 
 from potluck import enrolment
+from potluck.blobs.store import BlobStore
 from potluck.bus.mqtt import Envelope, MqttBus, in_turn
 from potluck.credentials import FOLDER, Credentials
 from potluck.net.broker import start_closed_broker
@@ -132,6 +133,7 @@ async def stack() -> AsyncIterator[AsyncExitStack]:
 async def test_a_node_of_a_closed_cluster(tmp_path: Path, stack: AsyncExitStack) -> None:
     lab = ClosedLab(tmp_path)
     await lab.open(stack)
+    held = BlobStore(tmp_path / "state" / "blobs", 1 << 20).put_bytes(b"weights")
     node = await lab.node(stack)
     born = await lab.born(node)
     assert born.collective == ""
@@ -155,19 +157,20 @@ async def test_a_node_of_a_closed_cluster(tmp_path: Path, stack: AsyncExitStack)
     await lab.bus.publish(INBOX, lab.leader.command(codec.encode(lab.lease("after a forged status")), **seal))
     await eventually(lambda: "after a forged status" in lab.taken(), 10)
 
-    # bulk: nobody without a certificate, clients get nothing, members what they need
-    url = f"{born.http[0]}/blobs/{'0' * 64}"
+    # bulk: nobody without a certificate, clients no weights, members what they need
+    url = f"{born.http[0]}/blobs/{held.sha256}"
     people = {}
     for name, profile in (
         ("n2", certificates.node_profile("n2")),
         ("ann", certificates.client_profile("ann", "user")),
+        ("eve", certificates.client_profile("eve", "viewer")),
     ):
         role = "node" if name == "n2" else "client"
         where = lab.authority.member(tmp_path / name, role, profile)
         people[name] = Credentials.load(where, role)  # type: ignore[arg-type]
     context = contexts.trusting(lab.authority.ca, certificates.PEER)
     people["nobody"] = Credentials(client_tls=context, broker_tls=context)
-    for name, status in (("n2", 404), ("ann", 403)):
+    for name, status in (("n2", 200), ("ann", 404), ("eve", 403)):
         async with session(people[name], connect_seconds=5, idle_seconds=5) as http, http.get(url) as answer:
             assert answer.status == status, await answer.text()
     with pytest.raises(aiohttp.ClientError):
@@ -179,7 +182,8 @@ async def test_a_node_of_a_closed_cluster(tmp_path: Path, stack: AsyncExitStack)
 
     # a member that was removed: its connections end, also one that only waits, and new ones get nothing
     async with session(people["n2"], connect_seconds=5, idle_seconds=5) as http:
-        (await http.get(url)).release()
+        async with http.get(url) as answer:
+            await answer.read()  # the connection stays, and waits
         began = time.monotonic()
         await lab.prove(Revoked("node:n2", time.time() + 3600))
 
@@ -197,11 +201,12 @@ async def test_a_node_of_a_closed_cluster(tmp_path: Path, stack: AsyncExitStack)
     # after a restart, the epoch is remembered: a coordinator of an older one does not command again
     await node.stop()
     before = len(lab.said)
-    again = await lab.node(stack)
-    born = await lab.born(again, before)
     old = Leader(lab.authority, time.time(), session="c0", epoch=2)
     await lab.bus.publish(TOPICS.coordinator_proof, old.proof(), retain=True)
+    again = await lab.node(stack)
+    born = await lab.born(again, before)
     await lab.bus.publish(INBOX, old.command(codec.encode(replace(lab.lease("old"), epoch=2)), session=born.session))
+    await eventually(lambda: "proof of a coordinator refused" in again.log(), 10)
     await lab.prove()
     await lab.bus.publish(INBOX, lab.leader.command(codec.encode(lab.lease("new")), session=born.session))
     await eventually(lambda: "new" in lab.taken(), 10)
