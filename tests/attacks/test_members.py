@@ -131,7 +131,7 @@ async def test_a_node_is_no_client(home: Attacked) -> None:
 
 async def test_in_its_own_outbox_a_node_speaks_for_nobody_else(home: Attacked) -> None:
     """The names in messages are those of another node, and the topic is its own."""
-    before = home.states["node-1"]
+    before = home.states
     mallory = await home.peer("mallory")
     others = {"node_id": "node-1", "session": "forged"}
     try:
@@ -142,8 +142,11 @@ async def test_in_its_own_outbox_a_node_speaks_for_nobody_else(home: Attacked) -
         ):  # fmt: skip
             forged = json.dumps(said | others).encode()
             assert await mallory.publish(home.topics.node("mallory", leaf), forged) == DONE
-        await asyncio.to_thread(home.ask, "ann", "/models")
-        assert home.states == {"node-1": before}
+        # what is asked after it is answered after it
+        asking = await Asking.of(home, "ann")
+        assert (await asking.ask({"type": "ListNodes"}))["type"] == "NodesListed"
+        asking.peer.close()
+        assert home.states == before
     finally:
         mallory.close()
 

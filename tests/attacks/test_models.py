@@ -23,6 +23,7 @@ import h5py
 import psutil
 import pytest
 
+from support import attackers
 from support.attacked import Attacked
 from support.eventually import eventually
 
@@ -157,7 +158,7 @@ async def test_models_made_to_harm_are_refused_and_the_node_goes_on(home: Attack
     jobs: dict[str, str] = {}
 
     def ask(question: dict[str, Any]) -> dict[str, Any]:
-        status, answer = home.ask("ann", "/v1/control", question)
+        status, answer = home.ask("carl", "/v1/control", question)
         assert status == 200, answer
         return dict(answer)
 
@@ -165,7 +166,7 @@ async def test_models_made_to_harm_are_refused_and_the_node_goes_on(home: Attack
         kind, make = MODELS[what]
         data = make(marker)
         sha256, name = hashlib.sha256(data).hexdigest(), f"evil-{number}"
-        assert home.ask("ann", f"/blobs/{sha256}", data, method="PUT")[0] in (200, 201)
+        assert home.ask("carl", f"/blobs/{sha256}", data, method="PUT")[0] in (200, 201)
         ask({"type": "RegisterModel", "name": name, "model": {"sha256": sha256, "size": len(data)}, "format": kind})
         jobs[what] = ask({"type": "SubmitJob", "job": {"kind": "deploy", "model": f"{name}:1"}})["job_id"]
 
@@ -181,5 +182,9 @@ async def test_models_made_to_harm_are_refused_and_the_node_goes_on(home: Attack
         assert ended["state"] == "failed", (what, ended)
         assert ended["error"]["code"] in ("code_not_allowed", "invalid_model"), (what, ended)
     assert not marker.exists()
+    # the node has fetched them: other nodes get them from there, and no client does, not even who has sent them
+    sha256 = hashlib.sha256(MODELS["nonsense"][1](marker)).hexdigest()
+    for who, status in (("mallory", 200), ("carl", 404), ("bob", 404), ("eve", 403)):
+        assert attackers.ask(home.node_port, f"/blobs/{sha256}", home.tls(who))[0] == status, who
     assert node.is_running()
     assert home.states["node-1"] == "online"

@@ -156,7 +156,7 @@ ODD: dict[int, str] = {}
 
 async def test_a_client_that_is_called_like_a_node_has_nothing_of_it(home: Attacked) -> None:
     where = home.cluster.folder / "client-node-1"
-    home.cluster.join("node-1", where, "operator")
+    home.cluster.join("node-1", where, "viewer")
     before = home.states["node-1"]
     context = attackers.tls(where / "client.pem")
     assert attackers.ask(home.node_port, f"/blobs/{'0' * 64}", context)[0] == 403

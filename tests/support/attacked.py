@@ -21,7 +21,7 @@ IDLE_SECONDS = 3.0
 
 
 class Attacked:
-    """`node-1` works. `ann` and `bob` are users, `eve` is a viewer. `nora` is a node without a daemon, and so is
+    """`node-1` works. `ann`, `bob` and `carl` are users, `eve` is a viewer. `nora` is a node without a daemon, and so is
     `mallory`, whose owner does what he likes."""
 
     def __init__(self, cluster: LocalCluster) -> None:
@@ -33,6 +33,7 @@ class Attacked:
         roles: dict[str, MemberRole] = {
             "ann": "user",
             "bob": "user",
+            "carl": "user",
             "eve": "viewer",
             "nora": "node",
             "mallory": "node",
