@@ -182,8 +182,15 @@ async def test_nobody_else_proves_that_he_is_the_coordinator(bad: BadBroker) -> 
         assert isinstance(real, CoordinatorProof)
         foreign = Authority(home.cluster.cluster)
         pem = foreign.issue(with_keys.own.public_key, certificates.commands_profile("vm"))
+        ours = home.authority
+        key = with_keys.own.public_key
         theirs = {
             "another CA's": pem,
+            # of our own CA, for the very key that signs the proof: only what the certificate is for is wrong
+            "a node's for this key": ours.issue(key, certificates.node_profile("mallory")),
+            "a client's for this key": ours.issue(key, certificates.client_profile("ann", "operator")),
+            "a coordinator's for this key": ours.issue(key, certificates.coordinator_profile("vm")),
+            "one for commands that has ended": ours.issue(key, certificates.commands_profile("vm"), days=1, ago_days=2),
             "a node's": home.pair("mallory").read_bytes(),
             "an operator's": home.pair("operator").read_bytes(),
             "the coordinator's for TLS": (

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from potluck.security import certificates, folder
+from potluck.security import certificates
 from support import attackers
 from support.attacked import Attacked
 from support.closed import Authority
@@ -15,14 +15,6 @@ from support.closed import Authority
 GET = b"GET /models HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
 LIVE = "/v2/health/live"
 HUNDREDS = 300
-
-
-class RealAuthority(Authority):
-    """The cluster's own CA, whose key the test takes: for certificates that it would not give now."""
-
-    def __init__(self, identity: Path) -> None:
-        self.key = folder.secret(identity / folder.CA_KEY)
-        self.ca = folder.public(identity / folder.CA_CERTIFICATE)
 
 
 def doors(home: Attacked) -> dict[str, tuple[int, bytes, str]]:
@@ -38,7 +30,7 @@ def doors(home: Attacked) -> dict[str, tuple[int, bytes, str]]:
 @pytest.fixture
 def strangers(home: Attacked, tmp_path: Path) -> dict[str, ssl.SSLContext | None]:
     other = Authority(home.cluster.cluster)
-    ours = RealAuthority(home.cluster.folder / "coordinator" / "identity")
+    ours = home.authority
     for name, profile in (
         ("node", certificates.node_profile("node-1")),
         ("client", certificates.client_profile("ann", "operator")),

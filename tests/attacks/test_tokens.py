@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from potluck.wire import tokens
@@ -116,6 +116,38 @@ def test_a_request_gets_only_what_the_token_says(home: Attacked, asks_for: str) 
         else:
             servers = hosts.get_values_for_type(x509.DNSName)
         assert servers == (["peer.potluck"] if role == "node" else [])
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        ed25519.Ed25519PrivateKey.generate(), ec.generate_private_key(ec.SECP384R1()),
+        rsa.generate_private_key(public_exponent=65537, key_size=2048),
+    ],
+    ids=["Ed25519", "P-384", "RSA"],
+)  # fmt: skip
+def test_no_other_kind_of_key_gets_a_certificate(home: Attacked, key: Any) -> None:
+    """Commands are signed with Ed25519: nobody else gets a certificate for such a key."""
+    asked = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([]))
+    signed = asked.sign(key, None if isinstance(key, ed25519.Ed25519PrivateKey) else hashes.SHA256())
+    text = signed.public_bytes(serialization.Encoding.PEM).decode()
+    assert join(home, home.cluster.token(), "other-key", text)[0] == 400
+    assert home.ask("mallory", RENEW_PATH, {"request": text})[0] == 400
+
+
+def test_nobody_gets_a_certificate_for_the_key_of_another(home: Attacked) -> None:
+    """The key in the request is another member's, and so it cannot be signed with it."""
+    theirs = x509.load_pem_x509_certificate(home.pair("nora").read_bytes()).public_key()
+    der_of_theirs = theirs.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+    mine = ec.generate_private_key(ec.SECP256R1())
+    der_of_mine = mine.public_key().public_bytes(
+        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    asked = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).sign(mine, hashes.SHA256())
+    forged = asked.public_bytes(serialization.Encoding.DER).replace(der_of_mine, der_of_theirs)
+    text = x509.load_der_x509_csr(forged).public_bytes(serialization.Encoding.PEM).decode()
+    status, answer = join(home, home.cluster.token(), "thief", text)
+    assert (status, "not signed by its own key" in answer["error"]) == (400, True)
 
 
 def test_a_renewal_gets_no_other_name_either(home: Attacked) -> None:

@@ -10,14 +10,23 @@ from pathlib import Path
 from typing import Any
 
 from potluck.local_cluster import LocalCluster
+from potluck.security import folder
 from potluck.wire.members import ListMembers, MemberRole, MembersListed
 from potluck.wire.questions import ListNodes, NodesListed
 from potluck.wire.topics import Topics
 from support import attackers
+from support.closed import Authority
 from support.paho_peer import Peer
 
 QUOTA_BYTES = 4_000_000
-IDLE_SECONDS = 3.0
+
+
+class RealAuthority(Authority):
+    """The cluster's own CA, whose key the test takes: for certificates that it would not give, or not give now."""
+
+    def __init__(self, identity: Path) -> None:
+        self.key = folder.secret(identity / folder.CA_KEY)
+        self.ca = folder.public(identity / folder.CA_CERTIFICATE)
 
 
 class Attacked:
@@ -61,6 +70,10 @@ class Attacked:
         return await Peer(self.tls(name), client_id or f"potluck-{name}", port, **options).connected()
 
     @property
+    def authority(self) -> Authority:
+        return RealAuthority(self.cluster.folder / "coordinator" / "identity")
+
+    @property
     def states(self) -> dict[str, str]:
         """Of each node."""
         answer = self.cluster.ask(ListNodes())
@@ -78,8 +91,8 @@ class Attacked:
 
 
 @contextmanager
-def attacked(folder: Path) -> Iterator[Attacked]:
-    settings = {"POTLUCK_CLIENT_QUOTA_BYTES": str(QUOTA_BYTES), "POTLUCK_HTTP__IDLE_SECONDS": str(IDLE_SECONDS)}
+def attacked(where: Path) -> Iterator[Attacked]:
+    settings = {"POTLUCK_CLIENT_QUOTA_BYTES": str(QUOTA_BYTES)}
     name = f"attacked-{os.getpid()}"
-    with LocalCluster(folder, cluster=name, nodes=1, discovery=False, closed=True, environment=settings) as cluster:
+    with LocalCluster(where, cluster=name, nodes=1, discovery=False, closed=True, environment=settings) as cluster:
         yield Attacked(cluster)
