@@ -8,6 +8,7 @@ import re
 import resource
 import socket
 import ssl
+import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -21,7 +22,7 @@ from aiohttp.typedefs import Middleware
 from potluck.credentials import Credentials
 from potluck.errors import InvalidRequest
 from potluck.logs import SeldomFilter, fields
-from potluck.net.peers import asker, is_secured, peer_identity
+from potluck.net.peers import asker, ends_at, is_secured, peer_identity
 from potluck.settings import HttpSettings
 from potluck.wire.identities import ANONYMOUS, CALLER_HEADER, is_identity
 
@@ -46,6 +47,8 @@ STRANGERS_LIMIT = 256
 """Most connections over TLS of those who have not shown who they are. Each takes a quarter of a megabyte, and costs them nothing."""
 STRANGERS_SHARE = 4
 """And they have at most this part of all connections: a quarter."""
+_LAST_SECONDS = 120.0
+"""So long before the peer's certificate ends, a connection is closed after its answer. It is more than a connection may be idle."""
 _ACCEPT_AGAIN_SECONDS = 1.0
 _SWEEPS = 4
 """How many sweeps there are in the time that a head may take."""
@@ -460,7 +463,10 @@ async def _at_work(
 ) -> web.StreamResponse:
     if isinstance(request.protocol, _Connection):
         request.protocol.works()
-    return await handler(request)
+    response = await handler(request)
+    if ends_at(request.transport) - time.time() < _LAST_SECONDS:
+        response.force_close()  # the peer has another certificate by now, and shows it on its next connection
+    return response
 
 
 @asynccontextmanager

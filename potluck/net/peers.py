@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import ssl
 import time
 from typing import Any
@@ -38,6 +39,11 @@ def peer_identity(transport: asyncio.BaseTransport | None) -> str:
     return identity_of(shown) if shown else ""
 
 
+def ends_at(transport: asyncio.BaseTransport | None) -> float:
+    """When the peer's certificate ends (Unix time), and with it what this connection proves; infinite: it showed none."""
+    return _end((None if transport is None else transport.get_extra_info("peercert")) or {})
+
+
 def asker(request: web.BaseRequest) -> str:
     """The identity of the sender of an HTTP request, by its bearer token if it has one, else as `peer_identity`; "": not known."""
     known: str = request.get(ASKER, "")
@@ -51,8 +57,12 @@ def identity_of(certificate: dict[str, Any], now: float | None = None) -> str:
     OpenSSL looks at the time in the handshake only, and a connection may last longer than its certificate. Who was removed is remembered
     until then, and the name may be given to somebody else after it.
     """
-    ended = certificate.get("notAfter")
-    if ended is not None and ssl.cert_time_to_seconds(ended) < (time.time() if now is None else now):
+    if _end(certificate) < (time.time() if now is None else now):
         return ""
     names = [value for parts in certificate.get("subject", ()) for key, value in parts if key == _NAME]
     return names[0] if len(names) == 1 and is_identity(names[0]) else ""
+
+
+def _end(certificate: dict[str, Any]) -> float:
+    end = certificate.get("notAfter")
+    return math.inf if end is None else float(ssl.cert_time_to_seconds(end))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import socket
 import ssl
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import aiohttp
 import pytest
@@ -53,6 +55,37 @@ async def test_the_certificate_names_who_asks(tmp_path: Path) -> None:
         forged.load_cert_chain(tmp_path / "m" / "client.pem")
         with pytest.raises(aiohttp.ClientError):
             await said(url, forged)
+
+
+async def test_a_connection_proves_nothing_after_its_certificate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    authority = Authority()
+    authority.member(tmp_path / "c", "coordinator", certificates.coordinator_profile("attic"))
+    authority.member(tmp_path / "a", "client", certificates.client_profile("ann", "user"))
+    ann = contexts.client_context(tmp_path / "a", "client", certificates.COORDINATOR)
+    async with (
+        server(Credentials.load(tmp_path / "c", "coordinator")) as url,
+        aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=ann, limit=1)) as session,
+    ):
+
+        async def asked() -> tuple[object, bool]:
+            """Who asks, and whether the connection is kept."""
+            async with session.get(url) as answer:
+                return (await answer.json())[0], "close" not in answer.headers.get("Connection", "")
+
+        def later(seconds: float) -> None:
+            clock = SimpleNamespace(time=lambda: time.time() + seconds)
+            for module in ("peers", "http"):
+                monkeypatch.setattr(f"potluck.net.{module}.time", clock)
+
+        assert await asked() == ("client:ann", True)
+        later(7 * 86400 + 10)
+        assert await asked() == ("", False)
+        later(0)
+        assert await asked() == ("client:ann", True)
+        later(7 * 86400 - 60)
+        assert await asked() == ("client:ann", False), "so the next connection shows the renewed one"
 
 
 async def test_nobody_is_known_without_tls() -> None:
