@@ -146,10 +146,12 @@ class Closed:
         return None if found is None else found.identity
 
     async def keep_certificates(self) -> NoReturn:
-        """Make our own certificates again before they end, until cancelled."""
+        """Make our own certificates again before they end, and end what members whose own has ended still ask; until cancelled."""
         while True:
             await asyncio.sleep(CHECK_SECONDS)
             await self.renew_own()
+            if count := self.visitors.end_others(lambda identity: self.role_of(identity) is not None):
+                log.info("requests of members ended whose certificate or token has ended %s", fields(requests=count))
 
     async def renew_own(self) -> None:
         """Make those of our certificates again whose time has come, and use them. What fails is tried again at the next call."""

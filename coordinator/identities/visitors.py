@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
+from collections.abc import Callable
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
@@ -41,6 +42,10 @@ class Visitors:
     def here(self, identity: str) -> int:
         """How many connections on which it has a request under way."""
         return len(self._here.get(identity, ()))
+
+    def end_others(self, stands: Callable[[str], bool]) -> int:
+        """Break off the connections of those who stand no more: their certificate or bearer token ended meanwhile. Returns how many."""
+        return sum(self.end(identity) for identity in list(self._here) if not stands(identity))
 
     def end(self, identity: str) -> int:
         """Break off the connections on which this identity has a request; returns how many."""

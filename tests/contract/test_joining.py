@@ -359,6 +359,26 @@ async def test_a_request_of_a_removed_member_is_broken_off(home: Cluster) -> Non
     writer.close()
 
 
+async def test_an_answer_ends_with_what_let_its_reader_in(home: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Events may be followed for months, and a token is good for an hour."""
+    monkeypatch.setattr("coordinator.identities.closed.CHECK_SECONDS", 0.05)
+    _, where = await home.join(await home.token(), "kitchen")
+    host, _, port = home.url.removeprefix("https://").partition(":")
+    context = contexts.client_context(where, "node", COORDINATOR)
+    reader, writer = await asyncio.open_connection(host, int(port), ssl=context)
+    writer.write(b"POST /v1/renew HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+    await eventually(lambda: home.closed.visitors.here("node:kitchen"))
+    keeping = asyncio.create_task(home.closed.keep_certificates())
+    table = home.closed.known.members
+    table.known["node:kitchen"] = replace(table.known["node:kitchen"], certificate_until=1.0)
+    async with asyncio.timeout(3):
+        with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+            await reader.readexactly(1)
+    writer.close()
+    keeping.cancel()
+    await asyncio.wait([keeping])
+
+
 async def test_members_stay_over_a_restart_and_removed_ones_stay_away(tmp_path: Path) -> None:
     mosquitto_or_skip()
     async with cluster(tmp_path) as home:
