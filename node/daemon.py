@@ -211,7 +211,8 @@ class Node:
             guests = None
             if self._trust is not None:
                 self._bus.open_on(inbox, self._trust.opened)
-                guests = Guests(self._trust.is_revoked)
+                trust = self._trust
+                guests = Guests(trust.is_revoked, lambda: trust.proved)
                 self._bus.subscribe(self.topics.coordinator_proof, partial(self._on_proof, self._trust, guests))
             self._bus.subscribe(inbox, self._on_command)
             self._bus.subscribe(self.topics.coordinator_status, self._on_coordinator)

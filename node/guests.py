@@ -51,8 +51,10 @@ def _computes(certificate: dict[str, Any], kind: str) -> bool:
 class Guests:
     """The door of a node's HTTP server: `middleware` lets requests in, and `end` ends the connections of who was removed."""
 
-    def __init__(self, is_revoked: Callable[[str], bool]) -> None:
+    def __init__(self, is_revoked: Callable[[str], bool], knows: Callable[[], bool]) -> None:
+        """`knows`: whether the list of removed members has come. Until then nobody is let in: it could be one of them."""
         self._is_revoked = is_revoked
+        self._knows = knows
         self._inside: WeakKeyDictionary[asyncio.Transport, str] = WeakKeyDictionary()
         """Who is at the other end of each connection that asked something."""
         self._seldom = Seldom(LOG_SECONDS)
@@ -66,6 +68,12 @@ class Guests:
             transport = request.transport
             if transport is None:
                 raise ConnectionResetError("the client has left")
+            if not self._knows():
+                waiting = web.json_response(
+                    {"error": "this node has not heard yet who was removed from the cluster"}, status=503
+                )
+                waiting.force_close()
+                return waiting
             certificate = transport.get_extra_info("peercert") or {}
             if reason := refusal(certificate, request.method, request.path, self._is_revoked):
                 if (more := self._seldom.due(reason)) is not None:

@@ -106,6 +106,11 @@ class Trust:
         """The highest epoch of a coordinator that has proved itself, or commanded us."""
         return self._opener.term
 
+    @property
+    def proved(self) -> bool:
+        """Whether a coordinator has proved itself since this process began: before that, nobody knows here who was removed."""
+        return self._proved > (0, 0)
+
     def is_revoked(self, identity: str) -> bool:
         return self._revoked.get(identity, 0.0) > self._now()
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import make_mocked_request
 
-from node.guests import refusal
+from node.guests import Guests, refusal
 from potluck.net.peers import identity_of
 
 GONE = "node:gone"
@@ -54,3 +57,21 @@ def test_a_connection_lasts_no_longer_than_its_certificate() -> None:
     assert identity_of(certificate, 1796040000.0) == "node:n2"
     assert identity_of(certificate, 1796040001.0) == ""
     assert asked(shown("node:n2") | {"notAfter": "Nov 30 12:00:00 2020 GMT"}, "GET", "/blobs/00")
+
+
+async def test_nobody_comes_in_before_the_removed_are_known() -> None:
+    """The list is kept in memory only: after a restart, a removed member could be the first who asks."""
+    known = False
+    guests = Guests(lambda identity: identity == GONE, lambda: known)
+
+    async def here(request: web.Request) -> web.StreamResponse:
+        return web.Response()
+
+    async def answered(identity: str) -> int:
+        transport = Mock()
+        transport.get_extra_info = {"peercert": shown(identity)}.get
+        return (await guests.middleware(make_mocked_request("GET", "/blobs/00", transport=transport), here)).status
+
+    assert [await answered("node:n2"), await answered(GONE)] == [503, 503]
+    known = True
+    assert [await answered("node:n2"), await answered(GONE)] == [200, 403]

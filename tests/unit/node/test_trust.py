@@ -225,8 +225,10 @@ def test_a_key_ends_with_its_certificate(where: Path, authority: Authority, cloc
 
 def test_who_was_removed_is_known_until_its_certificate_ends(where: Path, authority: Authority, clock: Clock) -> None:
     node, leader = trusting(where, clock), Leader(authority, clock.now)
+    assert not node.proved
     node.take(leader.proof(Revoked("node:n2", clock.now + 60), Revoked("node:n3", clock.now - 1)))
     assert [node.is_revoked(f"node:n{number}") for number in (1, 2, 3)] == [False, True, False]
+    assert node.proved
     clock.now += 61
     assert not node.is_revoked("node:n2")
     node.take(leader.proof())
