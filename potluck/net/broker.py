@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import importlib.util
 import logging
 import os
@@ -12,6 +13,7 @@ import re
 import shutil
 import signal
 import socket
+import stat
 import sys
 from collections import deque
 from collections.abc import Coroutine, Iterable
@@ -311,13 +313,34 @@ def _write_rules(folder: Path, topics: Topics, members: tuple[Member, ...]) -> N
 
 
 def _give_away(folder: Path) -> None:
-    """Let the user that mosquitto runs as read its files. Raises InvalidSettings."""
+    """Let the user that mosquitto runs as read its files. Raises InvalidSettings.
+
+    That user may write in this folder: what it has put there, such as a link to a file of root, stays whose it is.
+    """
+    reader = _reader()
+    if reader < 0:
+        return
     try:
         for path in (folder, *folder.iterdir()):
             with contextlib.suppress(FileNotFoundError):  # a file that is being replaced
-                os.chown(path, _reader(), -1, follow_symlinks=False)
+                _give(path, reader)
     except OSError as error:
         raise InvalidSettings(f"the broker's folder {folder} cannot be given to its user: {error.strerror}") from error
+
+
+def _give(path: Path, reader: int) -> None:
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):  # a symbolic link, a socket
+            return
+        raise
+    try:
+        found = os.fstat(handle)
+        if stat.S_ISDIR(found.st_mode) or (stat.S_ISREG(found.st_mode) and found.st_nlink == 1):
+            os.fchown(handle, reader, -1)
+    finally:
+        os.close(handle)
 
 
 def _reader() -> int:

@@ -161,3 +161,22 @@ async def test_an_address_that_is_not_ours_is_refused(tmp_path: Path) -> None:
     for port in (0, 1883):
         with pytest.raises(InvalidSettings, match=r"cannot listen on 192\.0\.2\.1"):
             await start_broker(BrokerSettings(port=port), Listen(host="192.0.2.1"), tmp_path)
+
+
+def test_a_file_that_only_lies_in_the_folder_is_given_to_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """mosquitto's user may write there, and root gives away what lies there: a second link to one of root's files must not be among it."""
+    where, ours = tmp_path / "broker", tmp_path / "shadow"
+    where.mkdir()
+    ours.touch()
+    rules = where / "acl.nodes"
+    rules.touch()
+    os.link(ours, where / "hard")
+    (where / "soft").symlink_to(ours)
+    os.mkfifo(where / "pipe")
+    given: list[int] = []
+    monkeypatch.setattr(os, "fchown", lambda handle, user, group: given.append(os.fstat(handle).st_ino))
+    monkeypatch.setattr(broker, "_reader", lambda: 1234)
+    broker._give_away(where)
+    assert sorted(given) == sorted((where.stat().st_ino, rules.stat().st_ino))
