@@ -503,6 +503,8 @@ class Coordinator:
 
     def _on_outbox(self, envelope: Envelope) -> None:
         node_id = self.topics.segment(envelope.topic, 1)
+        if not self._takes_part(node_id):
+            return
         self._notice(self._membership.heard(node_id, time.time()))
         match envelope.message:
             case InferenceFinished() as answers:
@@ -521,6 +523,8 @@ class Coordinator:
             if (more := self._seldom.due(envelope.topic)) is not None:
                 log.warning("message of another node ignored %s", fields(topic=envelope.topic[:200], more=more or None))
             return
+        if not self._takes_part(node_id):
+            return
         match message:
             case NodeStatus():
                 self._notice(self._membership.on_status(message, now))
@@ -536,6 +540,10 @@ class Coordinator:
                 self._notice(self._membership.on_telemetry(message, now))
             case _:
                 pass
+
+    def _takes_part(self, node_id: str) -> bool:
+        """Whether a node may be heard. Of one that was removed, messages may be under way, and the broker has old rules for a while."""
+        return self._closed is None or self._closed.role_of(f"node:{node_id}") is not None
 
     def _on_refused(self, topic: str, error: PotluckError) -> None:
         """A message could not be read. If it was a capacity, note why that of its node is unknown: `potluck nodes` says it."""

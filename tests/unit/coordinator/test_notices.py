@@ -8,9 +8,12 @@ from unittest.mock import Mock
 import pytest
 
 from coordinator.daemon import Coordinator
-from coordinator.membership import NodeRefused, NodeUnknown
+from coordinator.membership import Membership, NodeRefused, NodeUnknown
+from potluck.bus.exchange import Envelope
 from potluck.settings import CoordinatorSettings
+from potluck.wire.births import NodeStatus
 from potluck.wire.commands import Rebirth
+from potluck.wire.reports import LeaseTaken
 
 
 @pytest.fixture
@@ -34,3 +37,17 @@ def test_other_nodes_trouble_keeps_nobody_from_being_asked_for_its_birth(coordin
     coordinator._notice([NodeUnknown(f"n{number}") for number in range(200)])
     asked = [call.args for call in coordinator._outbox.publish.call_args_list]
     assert asked == [(coordinator.topics.node(f"n{number}", "inbox"), Rebirth()) for number in range(200)]
+
+
+def test_what_a_removed_node_sent_before_is_not_heard_after(coordinator: Coordinator) -> None:
+    """It was under way, or the broker had not read its rules yet: the node would be online again, and get work."""
+    coordinator._membership, coordinator._dispatcher = Membership(10.0), Mock()
+    coordinator._closed = Mock(role_of={"node:n1": "node"}.get)
+    coordinator._copies = coordinator._serving = coordinator._events = coordinator._inference = Mock()
+    for node_id in ("n1", "gone"):
+        status = NodeStatus(node_id=node_id, session="s", state="online")
+        coordinator._on_presence(Envelope(coordinator.topics.node(node_id, "status"), status))
+        lost = LeaseTaken(attempt_id=node_id)
+        coordinator._on_outbox(Envelope(coordinator.topics.node(node_id, "outbox"), lost))
+    assert set(coordinator._membership.members) == {"n1"}
+    assert [call.args[0] for call in coordinator._dispatcher.on_node_message.call_args_list] == ["n1"]
