@@ -35,6 +35,8 @@ class Credentials:
     """For connections that we make to a broker, if and only if `client_tls` is there."""
     server_tls: ssl.SSLContext | None = None
     """For connections that others make to our HTTP server; None: plain connections."""
+    coordinator_tls: ssl.SSLContext | None = None
+    """For what is for the coordinator alone, so that no node gets it; None: as `client_tls`."""
 
     def __post_init__(self) -> None:
         if (self.client_tls is None) != (self.broker_tls is None):
@@ -61,13 +63,15 @@ class Credentials:
             client_tls=contexts.client_context(where, role, certificates.PEER),
             broker_tls=contexts.client_context(where, role, certificates.BROKER),
             server_tls=contexts.server_context(where, role, needs_certificate=role == "node") if serves else None,
+            # daemons fetch, and only clients send
+            coordinator_tls=None if serves else contexts.client_context(where, role, certificates.COORDINATOR),
         )
 
     def renew(self, where: Path, role: Role) -> None:
         """Use the certificate that is in the folder now, for all connections from now on. Raises InvalidSettings."""
         from potluck.security import contexts
 
-        for context in (self.client_tls, self.broker_tls, self.server_tls):
+        for context in (self.client_tls, self.broker_tls, self.server_tls, self.coordinator_tls):
             if context is not None:
                 contexts.renew(context, where, role)
 

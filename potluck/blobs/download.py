@@ -115,7 +115,7 @@ class Downloader:
                 found.task.cancel()
 
     async def push(self, source: bytes | memoryview | Path, base_urls: tuple[str, ...]) -> BlobRef:
-        """Put bytes or a file on the first server that takes it. Nothing is sent if the blob is there already.
+        """Put bytes or a file on the first of a coordinator's addresses that takes it. Nothing is sent if the blob is there already.
 
         Raises Unavailable, which names addresses and reasons; TooLarge, DiskFull or InvalidRequest if it was refused.
         """
@@ -234,13 +234,15 @@ class Downloader:
         if not is_address(base):
             return NO_ADDRESS
         url = f"{base.rstrip('/')}/blobs/{ref.sha256}"
+        tls = self._credentials.coordinator_tls or self._credentials.client_tls or True
         try:
-            async with self._http.head(url, allow_redirects=False) as there:
+            async with self._http.head(url, ssl=tls, allow_redirects=False) as there:
                 if there.status == 200:
                     return None
             async with asyncio.timeout(_ANSWER_SECONDS) as limit:
                 async with self._http.put(
                     url,
+                    ssl=tls,
                     data=_pieces(source, limit, _ANSWER_SECONDS),
                     headers={hdrs.CONTENT_LENGTH: str(ref.size)},
                     expect100=ref.size >= _EXPECT_BYTES,

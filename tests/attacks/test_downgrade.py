@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
+from potluck.blobs.download import Downloader
+from potluck.blobs.store import BlobStore
+from potluck.blobs.transfer import Timings
 from potluck.credentials import Credentials
 from potluck.enrolment import renew
 from potluck.errors import Unavailable
@@ -20,6 +23,7 @@ from support.closed import Authority
 from support.eventually import eventually
 from support.impostor import impostor
 
+QUICK = Timings(failures_limit=1)
 HELLO = b"\x16"
 """How a TLS connection begins (RFC 8446, 5.1); MQTT begins with 0x10, HTTP with a letter."""
 
@@ -82,3 +86,14 @@ async def test_nobody_poses_as_the_coordinator_to_those_who_renew(home: Attacked
     else:
         assert false.refused
         assert not false.heard
+
+
+async def test_no_node_gets_what_is_sent_to_the_coordinator(home: Attacked, tmp_path: Path) -> None:
+    """A node that has taken the coordinator's address shows its own certificate, by the same CA."""
+    credentials = Credentials.load(home.pair("ann").parent, "client")
+    with impostor(home.pair("mallory")) as node:
+        async with Downloader(BlobStore(tmp_path / "blobs", 2**20), credentials, QUICK) as downloader:
+            with pytest.raises(Unavailable, match=r"certificate|CERTIFICATE"):
+                await downloader.push(b"of ann", (f"https://127.0.0.1:{node.port}",))
+    assert node.refused
+    assert not node.heard

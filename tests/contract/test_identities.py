@@ -215,7 +215,10 @@ async def test_a_nodes_server_lets_in_only_members(node: Path, tmp_path: Path) -
     store = BlobStore(tmp_path / "held", 1 << 30)
     async with serve_http(sock, server.routes(store, writable=True, max_bytes=2**20, rights=OPEN), served):
         async with Downloader(BlobStore(tmp_path / "here", 1 << 30), asking, QUICK) as downloader:
-            await downloader.push(b"bread", (url,))
+            bread = replace(store.put_bytes(b"bread"), holders=(url,))
+            assert (await downloader.fetch(bread)).read_bytes() == b"bread"
+            with pytest.raises(Unavailable, match=r"coordinator\.potluck"):  # what is sent is for the coordinator alone
+                await downloader.push(b"soup", (url,))
         # A client in whose place a stranger speaks: the same trust, and no certificate.
         plain = Credentials.load(client, "client")
         assert plain.client_tls is not None
@@ -226,7 +229,7 @@ async def test_a_nodes_server_lets_in_only_members(node: Path, tmp_path: Path) -
             BlobStore(tmp_path / "x", 1 << 30), Credentials("client:x", nobody, broker_tls=nobody), QUICK
         ) as downloader:
             with pytest.raises(Unavailable):
-                await downloader.push(b"soup", (url,))
+                await downloader.fetch(bread)
 
 
 async def test_renewed_in_place(node: Path, coordinator: Path) -> None:
