@@ -54,9 +54,12 @@ async def works(home: Attacked) -> None:
     assert (await asyncio.to_thread(home.ask, "ann", "/models"))[0] == 200
     ann, nora = await home.peer("ann"), await home.peer("nora")
     try:
-        assert (
-            await ann.publish(home.topics.root + "/clients/ann/to/coordinator/inbox", b'{"type": "ListNodes"}') == DONE
-        )
+        root = f"{home.topics.root}/clients/ann"
+        await ann.subscribe(f"{root}/works/inbox")
+        asked = json.dumps({"type": "ListNodes", "reply_to": f"{root}/works/inbox"}).encode()
+        assert await ann.publish(f"{root}/to/coordinator/inbox", asked) == DONE
+        await eventually(lambda: bool(ann.got))
+        assert b"NodesListed" in ann.got[0][1]
         assert await nora.publish(home.topics.node("nora", "outbox"), b"x") == DONE
     finally:
         ann.close()
@@ -175,14 +178,17 @@ async def test_births_without_end_disturb_no_other_node(home: Attacked) -> None:
                 "memory_available_bytes": 1,
             }  # fmt: skip
             mallory.send(home.topics.node("mallory", "telemetry"), json.dumps(said).encode())
-        await eventually(lambda: home.states.get("mallory") == "online")
-        assert home.states["node-1"] == "online"
+        # when the last of them is heard, and what was asked before it is answered, all rebirths were asked for
+        gone = {"type": "NodeStatus", "node_id": "mallory", "session": f"s{BORN - 1}", "state": "offline"}
+        await mallory.publish(home.topics.node("mallory", "status"), json.dumps(gone).encode(), retain=True)
+        await eventually(lambda: home.states.get("mallory") == "offline")
         await works(home)
         await eventually(lambda: bool(mallory.got))
         asked = [payload for _, payload in mallory.got]
         # it is asked once in five seconds
         assert 1 <= len(asked) <= 3
         assert all(b"Sealed" in payload for payload in asked)
+        assert home.states["node-1"] == "online"
         assert "node lost node=node-1" not in home.log()
     finally:
         await mallory.publish(home.topics.node("mallory", "status"), b"", retain=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ssl
 from pathlib import Path
 
+import psutil
 import pytest
 
 from potluck.security import certificates
@@ -62,3 +63,15 @@ def test_who_has_no_certificate_of_the_cluster_gets_no_answer(
                 assert said.startswith(b"HTTP/1.1 401 ")
             else:
                 assert said == b"", f"{who} at the door of the {door}"
+
+
+def test_nothing_else_listens(home: Attacked) -> None:
+    daemons = [psutil.Process(one.pid) for one in (home.cluster.coordinator, home.cluster.nodes[0])]
+    everybody = [*daemons, *(child for one in daemons for child in one.children(recursive=True))]
+    listening = {
+        (one.laddr.ip, one.laddr.port)
+        for process in everybody
+        for one in process.net_connections("tcp")
+        if one.status == psutil.CONN_LISTEN
+    }
+    assert listening == {(attackers.HERE, port) for port, _, _ in doors(home).values()}
