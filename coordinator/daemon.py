@@ -51,8 +51,8 @@ from potluck.blobs.store import BlobStore
 from potluck.bus.filters import matches
 from potluck.bus.mqtt import Addresses, Envelope, MqttBus, Will, in_turn
 from potluck.bus.outbox import Outbox
-from potluck.credentials import Credentials
-from potluck.errors import GaveWay, PotluckError, Unavailable
+from potluck.credentials import FOLDER, Credentials
+from potluck.errors import GaveWay, InvalidSettings, PotluckError, Unavailable
 from potluck.logs import Seldom, fields
 from potluck.net.addresses import base_urls, bind_gateway, reachable_addresses
 from potluck.net.broker import Broker, start_broker
@@ -451,6 +451,16 @@ class Coordinator:
     def _found(self, journal: Journal) -> Closed | None:
         """The closed cluster that this coordinator serves, founded at the first start; None: it is an open one."""
         if not is_closed(self.settings):
+            if (self.folder / FOLDER / "ca.key").exists():
+                why = (
+                    "--insecure (listen.insecure) was given"
+                    if self.settings.listen.insecure
+                    else "it listens on loopback"
+                )
+                raise InvalidSettings(
+                    f"{self.folder} is the state folder of a closed cluster, and {why}, where everybody may ask everything: set closed, or "
+                    "choose another --state-dir"
+                )
             return None
         from coordinator.identities.closed import Closed  # imports cryptography, which an open cluster does not need
 

@@ -10,7 +10,8 @@ import pytest
 from coordinator.daemon import Coordinator
 from coordinator.membership import Membership, NodeRefused, NodeUnknown
 from potluck.bus.exchange import Envelope
-from potluck.settings import CoordinatorSettings
+from potluck.errors import InvalidSettings
+from potluck.settings import CoordinatorSettings, GatewayListen
 from potluck.wire.births import NodeStatus
 from potluck.wire.commands import Rebirth
 from potluck.wire.reports import LeaseTaken
@@ -51,3 +52,15 @@ def test_what_a_removed_node_sent_before_is_not_heard_after(coordinator: Coordin
         coordinator._on_outbox(Envelope(coordinator.topics.node(node_id, "outbox"), lost))
     assert set(coordinator._membership.members) == {"n1"}
     assert [call.args[0] for call in coordinator._dispatcher.on_node_message.call_args_list] == ["n1"]
+
+
+@pytest.mark.parametrize("listen", [GatewayListen(), GatewayListen(host="0.0.0.0", insecure=True)])
+def test_a_closed_cluster_is_never_served_open(tmp_path: Path, listen: GatewayListen) -> None:
+    """A setting that was forgotten or changed would give its models, data and jobs to everybody."""
+    key = tmp_path / "identity" / "ca.key"
+    coordinator = Coordinator(CoordinatorSettings(state_dir=str(tmp_path), listen=listen))
+    assert coordinator._found(Mock()) is None
+    key.parent.mkdir()
+    key.touch()
+    with pytest.raises(InvalidSettings, match="of a closed cluster"):
+        coordinator._found(Mock())
