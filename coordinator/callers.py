@@ -65,4 +65,4 @@ class Callers:
 def require(caller: Caller, needed: str, what: str) -> None:
     """Whether a member may do what needs this role, or ANY_MEMBER. Raises NotAllowed."""
     if needed != ANY_MEMBER and not caller.may(needed):
-        raise NotAllowed(f"{what} needs the role {needed!r}, and {caller.identity} is a {caller.role}")
+        raise NotAllowed(roles.lacking(caller, what, needed))

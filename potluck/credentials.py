@@ -37,6 +37,8 @@ class Credentials:
     """For connections that others make to our HTTP server; None: plain connections."""
     coordinator_tls: ssl.SSLContext | None = None
     """For what is for the coordinator alone, so that no node gets it; None: as `client_tls`."""
+    where: Path | None = None
+    """The folder that they are from; None: from none."""
 
     def __post_init__(self) -> None:
         if (self.client_tls is None) != (self.broker_tls is None):
@@ -65,6 +67,7 @@ class Credentials:
             server_tls=contexts.server_context(where, role, needs_certificate=role == "node") if serves else None,
             # daemons fetch, and only clients send
             coordinator_tls=None if serves else contexts.client_context(where, role, certificates.COORDINATOR),
+            where=where,
         )
 
     def renew(self, where: Path, role: Role) -> None:

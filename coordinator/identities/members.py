@@ -229,14 +229,16 @@ class Members:
         role = "node" if token.role == "node" else "client"
         identity = f"{role}:{name}"
         if token.expires_at <= now:
-            raise NotAllowed("the join token has expired: make a new one with `potluck token create`")
+            raise NotAllowed(f"the join token has expired: {_another(token)}")
         before = token.joined.get(key)
         if before is not None and before != identity:
             raise NotAllowed(f"this key has joined as {before} already")
         if before is None and not token.uses_left:
-            raise NotAllowed("the join token is used up: make a new one with `potluck token create`")
+            raise NotAllowed(f"the join token is used up: {_another(token)}")
         if token.name and token.name != name:
-            raise NotAllowed(f"the join token is for {token.name!r} only, not for {name!r}")
+            raise NotAllowed(
+                f"the join token is for {token.name!r} only, not for {name!r}: type `--name {token.name}` behind it"
+            )
         found = self.known.get(identity)
         if found is None and len(self.known) >= MEMBERS_LIMIT:
             raise Overloaded(f"the cluster has {MEMBERS_LIMIT} members, and can have no more")
@@ -369,6 +371,13 @@ class Members:
 def bearer_text(bearer_id: bytes, secret: bytes) -> str:
     """What its holder sends in `Authorization: Bearer`."""
     return f"{BEARER_PREFIX}{bearer_id.hex()}-{secret.hex()}"
+
+
+def _another(token: Token) -> str:
+    """How an operator makes a token like this one."""
+    role = "" if token.role == "node" else f" --role {token.role}"
+    name = f" --name {token.name}" if token.name else ""
+    return f"an operator makes a new one with `potluck token create{role}{name}`"
 
 
 def _same(secret: str, expected: bytes) -> bool:

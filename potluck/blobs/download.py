@@ -23,7 +23,16 @@ from potluck.blobs.reading import Reads
 from potluck.blobs.store import BlobStore, hash_file
 from potluck.blobs.transfer import Transfer
 from potluck.credentials import Credentials
-from potluck.errors import CorruptBlob, DiskFull, InvalidRequest, NotFound, TooLarge, Unavailable
+from potluck.errors import (
+    CorruptBlob,
+    DiskFull,
+    InvalidRequest,
+    NotAllowed,
+    NotAuthenticated,
+    NotFound,
+    TooLarge,
+    Unavailable,
+)
 from potluck.logs import fields
 from potluck.net.bulk_client import BulkClient
 from potluck.net.http_client import session
@@ -256,6 +265,11 @@ class Downloader:
             return explained(error, self._timings)
         if response.status == 413:
             raise TooLarge(f"{base} refused a blob of {ref.size} bytes: {reason}")
+        if response.status == 401:
+            raise NotAuthenticated(f"{base} takes no file from here: {reason}")
+        if response.status == 403:
+            told = reason.replace(f"PUT /blobs/{ref.sha256} needs", "that needs")
+            raise NotAllowed(f"{base} takes no file from here: {told}")
         if response.status == 507:
             raise DiskFull(f"{base} has no room for a blob of {ref.size} bytes: {reason}")
         if response.status < 500 and response.status != 408:

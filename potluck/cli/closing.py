@@ -66,14 +66,31 @@ def founded(plan: Plan) -> bool:
     return True
 
 
+def known_name(state_dir: Path | None) -> str:
+    """The name that this machine's node has in its closed cluster; "": it is a member of none."""
+    from potluck.security import cluster_file
+
+    where = here.path_of(state_dir, "node") / FOLDER
+    try:
+        return cluster_file.read(where).identity.partition(":")[2] if (where / "node.pem").exists() else ""
+    except InvalidSettings:
+        return ""  # it cannot be used: to join mends it
+
+
 def own_name(state_dir: Path | None) -> str:
-    """The name of this machine's node: the id that it has already, or a new one."""
+    """The name of this machine's node: the one that it has already, or a new one."""
+    if name := known_name(state_dir):
+        return name
     file = here.path_of(state_dir, "node") / "node-id"
     try:
         kept = file.read_text(errors="replace").strip()
     except OSError:
         kept = ""
-    return kept if NODE_ID.fullmatch(kept) else f"{short_hostname()}-{uuid.uuid4().hex[:6]}"
+    return kept if NODE_ID.fullmatch(kept) else new_name()
+
+
+def new_name() -> str:
+    return f"{short_hostname()}-{uuid.uuid4().hex[:6]}"
 
 
 def as_closed(plan: Plan, cluster: str) -> Plan:

@@ -64,27 +64,37 @@ class Early:
 
 def ask(addresses: Sequence[str], info: ModelInfo, deployment: DeploymentInfo, credentials: Credentials) -> list[str]:
     """The lines for a model: the first with a file of the user's, where it takes images or recordings; the last needs no file."""
-    base, signature = _reachable(addresses, credentials), info.signature
+    base, signature, curl = _reachable(addresses, credentials), info.signature, _curl(credentials)
     by_name = deployment.role in ("stable", "canary")
     inputs = signature.inputs if signature is not None else ()
     classify = shlex.quote(f"{base}/models/{info.name if by_name else deployment.name}/classify")
     scores = signature is not None and [len(one.shape) for one in signature.outputs] == [2]
     if scores and _takes_images(info, inputs):
         return [
-            f"curl --data-binary @picture.jpg {classify}",
-            f"echo {_pixel()} | base64 -d | curl --data-binary @- {classify}",
+            f"{curl} --data-binary @picture.jpg {classify}",
+            f"echo {_pixel()} | base64 -d | {curl} --data-binary @- {classify}",
         ]
     version = "" if by_name else f"/versions/{info.version}"
     infer = shlex.quote(f"{base}/v2/models/{info.name}{version}/infer")
-    lines = [f"curl --data-binary @sound.wav {classify}"] if info.rate and scores else []
+    lines = [f"{curl} --data-binary @sound.wav {classify}"] if info.rate and scores else []
     if not inputs:
         return lines
     if all(_count(spec) <= INLINE_VALUES for spec in inputs):
         body = json.dumps({"inputs": [_tensor(spec, [_value(spec)] * _count(spec)) for spec in inputs]})
-        return [*lines, f"curl {infer} -d {shlex.quote(body)}"]
+        return [*lines, f"{curl} {infer} -d {shlex.quote(body)}"]
     parts = [_made(spec) for spec in inputs]
     between = "printf ', '; "
-    return [*lines, f"""{{ printf '{{"inputs": ['; {between.join(parts)}printf ']}}'; }} | curl {infer} -d @-"""]
+    return [*lines, f"""{{ printf '{{"inputs": ['; {between.join(parts)}printf ']}}'; }} | {curl} {infer} -d @-"""]
+
+
+def _curl(credentials: Credentials) -> str:
+    """curl with what a closed cluster asks for: its CA, and our certificate."""
+    if credentials.where is None:
+        return "curl"
+    from potluck.security import folder
+
+    files = (credentials.where / folder.CA_CERTIFICATE, folder.pair(credentials.where, "client"))
+    return "curl --cacert {} --cert {}".format(*(shlex.quote(str(file.absolute())) for file in files))
 
 
 def made_up(info: ModelInfo) -> str:

@@ -64,7 +64,7 @@ def join(
     if not client and state_dir is None and _is_service():
         _hand_over(parsed, name, as_json)
         return
-    enrolled = _enrolled(parsed, name or _name(client, state_dir))
+    enrolled = _enrolled(parsed, name, client, given, state_dir)
     if enrolled.role == "node" and client:
         from potluck.errors import InvalidRequest
 
@@ -108,12 +108,65 @@ def _hand_over(token: JoinToken, name: str | None, as_json: bool) -> None:
         output.show(f"potluck-node is {known.identity} of cluster {known.cluster!r} now")
 
 
-def _enrolled(token: JoinToken, name: str) -> Enrolled:
+def _enrolled(token: JoinToken, name: str | None, client: bool, given: Session, state_dir: Path | None) -> Enrolled:
+    """Raises PotluckError, which says so where this machine or user is a member of the token's cluster already."""
     import asyncio
 
+    from potluck.cli import closing
     from potluck.enrolment import enrol
+    from potluck.errors import Conflict, NotAllowed
 
-    return asyncio.run(enrol(token, name))
+    first = name or _name(client, state_dir)
+    try:
+        try:
+            return asyncio.run(enrol(token, first))
+        except NotAllowed:
+            if name or first != closing.known_name(state_dir):
+                raise
+        # The node was removed: its name comes back to nobody while its last certificate lasts.
+        return asyncio.run(enrol(token, closing.new_name()))
+    except (Conflict, NotAllowed) as error:
+        places = () if name else _folders(given, state_dir, client)
+        already = next(filter(None, (_already(token, where) for where in places)), "")
+        if not already:
+            raise
+        raise type(error)(
+            already if isinstance(error, Conflict) else f"{error.message}. {already[0].upper()}{already[1:]}"
+        ) from error
+
+
+def _folders(given: Session, state_dir: Path | None, client: bool) -> list[Path]:
+    """Where there may be credentials that the join would take the place of."""
+    from potluck.cli import here
+    from potluck.client.membership import config_folder
+    from potluck.credentials import FOLDER
+
+    commands = Path(given.credentials).expanduser() if given.credentials else config_folder() / given.settings().cluster
+    return [commands] if client else [here.path_of(state_dir, "node") / FOLDER, commands]
+
+
+def _already(token: JoinToken, where: Path) -> str:
+    """A remark where these are credentials of the token's cluster that are good still; else ""."""
+    import time
+
+    from potluck.errors import InvalidRequest, InvalidSettings
+    from potluck.security import certificates, cluster_file, folder
+    from potluck.settings import typed
+    from potluck.wire.tokens import FINGERPRINT_BYTES
+
+    if not where.exists():
+        return ""
+    try:
+        known = cluster_file.read(where)
+        role, ca = known.identity.partition(":")[0], folder.public(where / folder.CA_CERTIFICATE)
+        certificates.check(folder.certificate_of(folder.secret(where / f"{role}.pem")), ca, time.time())
+        if certificates.read(ca).fingerprint[:FINGERPRINT_BYTES] != token.fingerprint:
+            return ""
+    except (InvalidRequest, InvalidSettings):
+        return ""  # not to be used, or late: to join again is right
+    if role == "node":
+        return f"this machine is {known.identity} of that cluster already: `{typed('potluck up', known.cluster)}` is enough"
+    return f"this user is {known.identity} of that cluster already, and need not join again"
 
 
 def _name(client: bool, state_dir: Path | None) -> str:

@@ -23,7 +23,7 @@ from potluck.errors import GaveWay, NotAuthenticated, Unavailable
 from potluck.logs import fields
 from potluck.net.addresses import lan_addresses, reachable_addresses
 from potluck.net.discovery import Discovery, Service, closed_text
-from potluck.settings import is_loopback, parse_address, typed
+from potluck.settings import ClientSettings, is_loopback, parse_address, typed
 from potluck.sole_use import sole_use
 from potluck.wire.addresses import address
 
@@ -115,8 +115,22 @@ class Joining:
                 await claims.aclose()
             tasks.create_task(self._child("node").run(), name="node")
             self._say_who_is_served()
-            status = typed("potluck status", self._plan.network.cluster)
-            self._say(f"this machine's node starts. `{status}` shows the cluster; Ctrl-C leaves it")
+            self._say(f"this machine's node starts; Ctrl-C ends it. {self._how_to_look()}")
+
+    def _how_to_look(self) -> str:
+        """What shows the cluster; a node's machine alone may not ask a closed one."""
+        from potluck.client.membership import credentials_of
+
+        cluster = self._plan.network.cluster
+        status = typed("potluck status", cluster)
+        if (
+            not self._plan.closed
+            or closing.founded(self._plan)
+            or credentials_of(ClientSettings(cluster=cluster)) is not None
+        ):
+            return f"`{status}` shows the cluster"
+        create = typed("potluck token create --role user", cluster)
+        return f"`{status}` on the coordinator's machine shows the cluster; to ask it from here, join with a token of `{create}` too"
 
     async def _choose(self) -> None:
         """Find out whether this machine belongs to a closed cluster, or shall found one; else everything stays as asked for.

@@ -171,7 +171,7 @@ class Connection:
         at once when every seed refuses: a daemon would wait, a client does not.
         """
         # imported here: the import takes time, and job clients do not need it
-        from potluck.net.discovery import Discovery, broker_addresses, closed_text
+        from potluck.net.discovery import Discovery, broker_addresses, closed_to_clients
 
         settings = self.settings
         if settings.seeds or not settings.discovery.enabled:
@@ -214,7 +214,7 @@ class Connection:
                 "broker with --seed HOST[:PORT]"
             )
         if heard.ca and not any(OPEN.broker(one) for discovery in found for one in discovery.services()):
-            raise NotAuthenticated(closed_text(settings.cluster))
+            raise NotAuthenticated(closed_to_clients(settings.cluster))
         sources = [broker_addresses(settings, discovery) for discovery in found]
 
         async def following() -> tuple[str, int]:

@@ -69,10 +69,13 @@ def membership(settings: ClientSettings) -> Membership:
         return Membership(settings, Credentials.of_client())
     if settings.credentials:
         return _member(settings, Path(settings.credentials).expanduser())
-    for where in _places(settings):
-        if (where / PAIR).exists():
-            return _member(settings, where)
-    return Membership(settings, Credentials.of_client())
+    where = credentials_of(settings)
+    return Membership(settings, Credentials.of_client()) if where is None else _member(settings, where)
+
+
+def credentials_of(settings: ClientSettings) -> Path | None:
+    """The folder with this user's credentials for commands; None: there are none."""
+    return next((where for where in _places(settings) if (where / PAIR).exists()), None)
 
 
 def _places(settings: ClientSettings) -> Iterator[Path]:

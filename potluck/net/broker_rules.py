@@ -83,7 +83,9 @@ def node_rules(topics: Topics, members: Iterable[Member]) -> str:
 
 
 def client_rules(topics: Topics, members: Iterable[Member]) -> str:
-    """What clients may do: a `viewer` asks, a `user` or `operator` also submits and infers."""
+    """What clients may do: ask. The coordinator looks at the role, and answers each question that it does not allow: the broker would drop it
+    without a word, and whoever asked would wait.
+    """
     return _NOBODY + "".join(
         _block(member, _of_client(topics, member)) for member in members if member.kind == "client"
     )
@@ -106,9 +108,8 @@ def _of_client(topics: Topics, member: Member) -> Iterator[tuple[str, str]]:
     yield "read", topics.coordinator_status
     yield from (("read", topics.node("+", leaf)) for leaf in ("status", "capacity", "telemetry"))
     yield from (("read", topics.job("+", leaf)) for leaf in ("status", "events", "result"))
-    if member.role in ("user", "operator"):
-        yield "write", own.jobs_submit
-        yield "write", own.infer("+")
+    yield "write", own.jobs_submit
+    yield "write", own.infer("+")
 
 
 def _block(member: Member, rights: Iterable[tuple[str, str]]) -> str:

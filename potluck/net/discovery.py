@@ -313,9 +313,21 @@ def broker_addresses(
 
 
 def closed_text(cluster: str) -> str:
-    """What to tell somebody without credentials who finds a closed cluster."""
-    create, join = typed("potluck token create", cluster), "potluck join TOKEN"
-    return f"cluster {cluster!r} is closed: get a token on a machine of its operator with `{create}`, then type `{join}` here"
+    """What to tell a daemon without credentials that finds a closed cluster."""
+    create = typed("potluck token create", cluster)
+    return (
+        f"cluster {cluster!r} is closed. To let this machine work for it, type `{create}` on the coordinator's machine, and here the "
+        "`potluck join` that it shows"
+    )
+
+
+def closed_to_clients(cluster: str) -> str:
+    """What to tell a command without credentials that finds a closed cluster. A node's credentials on its machine are not the commands'."""
+    create = typed("potluck token create --role user", cluster)
+    return (
+        f"cluster {cluster!r} is closed, and only its nodes and clients may ask. To ask from here, type `{create}` on the coordinator's "
+        "machine, and here the `potluck join` that it shows"
+    )
 
 
 def _label(service: Service, attempt: int) -> str:

@@ -96,7 +96,14 @@ def check(caller: Caller, question: type[Message]) -> None:
     """Raises NotAllowed, which names the role that is needed."""
     needed = NEEDS.get(question, "operator")
     if not caller.may(needed):
-        raise NotAllowed(
-            f"{question.__name__} needs the role {needed!r}, and {caller.identity or 'this caller'} is a {caller.role}: "
-            "an operator of the cluster can give it"
-        )
+        raise NotAllowed(lacking(caller, question.__name__, needed))
+
+
+def lacking(caller: Caller, what: str, needed: str) -> str:
+    """What to tell a caller whose role is too low, and how an operator gives it another one."""
+    name = caller.identity.partition(":")[2]
+    member = f" --name {name}" if name else ""
+    return (
+        f"{what} needs the role {needed!r}, and {caller.identity or 'this caller'} is a {caller.role}: an operator gives it the role with "
+        f"`potluck token create --role {needed}{member}` and the `potluck join` that this shows"
+    )

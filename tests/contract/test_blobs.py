@@ -23,6 +23,7 @@ from types import SimpleNamespace
 import aiohttp
 import pytest
 from aiohttp import web
+from aiohttp.test_utils import TestServer
 
 from potluck.blobs import server
 from potluck.blobs.download import Downloader
@@ -31,7 +32,16 @@ from potluck.blobs.rights import OPEN
 from potluck.blobs.store import BlobStore
 from potluck.blobs.transfer import CHUNK_BYTES
 from potluck.credentials import Credentials
-from potluck.errors import CorruptBlob, DiskFull, InvalidRequest, TooLarge, Unavailable
+from potluck.errors import (
+    CorruptBlob,
+    DiskFull,
+    InvalidRequest,
+    NotAllowed,
+    NotAuthenticated,
+    PotluckError,
+    TooLarge,
+    Unavailable,
+)
 from potluck.net.http import serve_http
 from potluck.security import certificates
 from potluck.wire.addresses import address
@@ -823,6 +833,22 @@ async def test_push_of_a_blob_of_ours(hold: Hold, downloader: Downloader) -> Non
     ref = store_of(downloader).put_bytes(b"soup")
     await downloader.push(store_of(downloader).path(ref.sha256), (holder.url,))
     assert holder.store.read(ref.sha256) == b"soup"
+
+
+@pytest.mark.parametrize(("status", "error"), [(401, NotAuthenticated), (403, NotAllowed)])
+async def test_push_that_may_not_be_names_the_role_and_no_hash(
+    downloader: Downloader, status: int, error: type[PotluckError]
+) -> None:
+    async def refuse(request: web.Request) -> web.Response:
+        told = {"error": f"PUT {request.path} needs the role 'user', and client:eve is a viewer"}
+        return web.json_response(told, status=status if request.method == "PUT" else 404)
+
+    app = web.Application()
+    app.router.add_route("*", "/{any:.*}", refuse)
+    async with TestServer(app) as server:
+        with pytest.raises(error, match="needs the role 'user', and client:eve is a viewer") as caught:
+            await downloader.push(b"soup", (f"http://127.0.0.1:{server.port}",))
+    assert status == 401 or sha(b"soup") not in caught.value.message
 
 
 async def test_push_sends_nothing_that_is_there(hold: Hold, downloader: Downloader) -> None:

@@ -274,7 +274,7 @@ async def test_members_try_only_their_own_cluster_and_open_daemons_no_closed_one
         await there.advertise(said)
         assert await here.wait_for(lambda one, said=said: one == said, 5)  # type: ignore[misc]
     network = NetworkSettings(cluster=cluster)
-    with pytest.raises(Unavailable, match=f"closed: get a token .*potluck token create --cluster {cluster}"):
+    with pytest.raises(Unavailable, match=f"closed. To let this machine .*potluck token create --cluster {cluster}`"):
         await broker_addresses(network, here)()
     plain = await stack.enter_async_context(Discovery(cluster))
     await plain.advertise(service(cluster, "plain", "coordinator", broker_port=1883))

@@ -113,7 +113,7 @@ def test_a_machine_founds_a_closed_cluster_and_another_joins_by_token(hosts: Hos
     # nobody else asks, and no `up` founds a second one
     refused = hosts.ask(hosts.second, "up")
     assert refused.returncode == 7
-    assert "is closed: get a token" in refused.stderr
+    assert "is closed. To let this machine work for it" in refused.stderr
     # (all hosts see the first one's files, and so its operator's credentials)
     assert hosts.ask(hosts.second, "nodes", "--credentials", "none").returncode == 7
 

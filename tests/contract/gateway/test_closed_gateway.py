@@ -194,7 +194,8 @@ async def test_a_question_needs_its_role(closed: Closed, lab: Lab) -> None:
                 403,
                 {
                     "error": f"Undeploy needs the role 'operator', and {identity} is a {identity.partition(':')[2]}: "
-                    "an operator of the cluster can give it"
+                    f"an operator gives it the role with `potluck token create --role operator --name {identity.partition(':')[2]}` "
+                    "and the `potluck join` that this shows"
                 },
             )
             assert (await ask(session, b'{"type": "ListModels"}'))[0] == 200
@@ -341,4 +342,6 @@ async def test_errors_are_those_of_each_protocol(closed: Closed) -> None:
                 assert answer.status == 403
                 assert answer.content_type == "application/json"
                 said = json.loads(await answer.read())
-                assert said == {"error": f"POST {path} needs the role 'user', and client:viewer is a viewer"}
+                assert said["error"].startswith(
+                    f"POST {path} needs the role 'user', and client:viewer is a viewer: an operator gives it the role with"
+                )

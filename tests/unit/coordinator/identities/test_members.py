@@ -75,7 +75,7 @@ def test_a_token_lets_one_in_and_no_more(table: Table) -> None:
     assert table.join(token, "kitchen") == "node:kitchen"
     assert rights(table.members) == ["node:kitchen"]
     assert not table.members.token_infos(NOW)
-    with pytest.raises(NotAllowed, match="used up"):
+    with pytest.raises(NotAllowed, match="used up: an operator makes a new one with `potluck token create"):
         table.join(token, "attic")
 
 

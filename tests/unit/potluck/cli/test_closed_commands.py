@@ -6,6 +6,7 @@ import asyncio
 import os
 import subprocess
 import sys
+import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,16 +14,19 @@ from typing import Any
 
 import pytest
 
-from potluck.cli import closing
+from potluck import enrolment
+from potluck.cli import closing, join
 from potluck.cli.joining import Joining
 from potluck.cli.plan import Plan
+from potluck.cli.session import Session
 from potluck.cli.token import seconds
 from potluck.credentials import FOLDER
-from potluck.errors import InvalidRequest, InvalidSettings, NotAuthenticated
+from potluck.errors import Conflict, InvalidRequest, InvalidSettings, NotAllowed, NotAuthenticated, PotluckError
 from potluck.net.discovery import Service
 from potluck.security import certificates, cluster_file, folder
 from potluck.security.cluster_file import ClusterFile
 from potluck.settings import Listen, NetworkSettings
+from potluck.wire.tokens import JoinToken
 from support.closed import Authority
 
 
@@ -91,7 +95,7 @@ def test_who_finds_a_closed_cluster_says_how_to_get_in_and_starts_nothing(
     tmp_path: Path, around: Callable[..., None]
 ) -> None:
     around(coordinator("00" * 8))
-    with pytest.raises(NotAuthenticated, match=r"closed: get a token .*potluck token create.*potluck join TOKEN"):
+    with pytest.raises(NotAuthenticated, match=r"is closed\. .*`potluck token create` on the .*`potluck join` that"):
         chosen(plan(tmp_path))
     for asked in ({"asked": True}, {"asked": True, "listen": Listen(host="0.0.0.0", insecure=True)}):
         found, said = chosen(plan(tmp_path, **asked))
@@ -156,3 +160,65 @@ def test_a_mistyped_token_is_refused_before_anything_is_asked_or_written(tmp_pat
     assert (refused.returncode, refused.stdout) == (2, "")
     assert refused.stderr == "potluck: this is no join token: copy it again, whole\n"
     assert not list(tmp_path.iterdir())
+
+
+def test_a_machine_joins_again_by_its_own_name(tmp_path: Path) -> None:
+    first = closing.own_name(tmp_path)
+    assert closing.known_name(tmp_path) == "" != first
+    member(tmp_path)
+    assert closing.own_name(tmp_path) == closing.known_name(tmp_path) == "n1"
+
+
+@pytest.mark.parametrize(
+    ("removed", "error", "said"),
+    [
+        (
+            False,
+            Conflict("n1 is a member already"),
+            "^this machine is node:n1 of that cluster already: `potluck up --cl.* is enough$",
+        ),
+        (
+            False,
+            NotAllowed("the join token is used up"),
+            r"^the join token is used up\. This machine is node:n1 of that cluster already",
+        ),
+        (True, NotAllowed("node:n1 was removed"), ""),
+    ],
+)
+def test_who_joins_again_is_told_and_a_removed_node_gets_a_new_name(
+    removed: bool, error: PotluckError, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = member(tmp_path)
+    ca = certificates.read((where / "ca.crt").read_bytes()).fingerprint
+    token = JoinToken(ca[:16], ("h:7814",), bytes(5), bytes(16))
+    asked: list[str] = []
+
+    async def enrol(token: JoinToken, name: str) -> str:
+        asked.append(name)
+        if removed and len(asked) > 1:
+            return "joined"
+        raise error
+
+    monkeypatch.setattr(enrolment, "enrol", enrol)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    if removed:
+        assert join._enrolled(token, None, False, Session(), tmp_path) == "joined"
+        assert asked[0] == "n1" != asked[1]
+        return
+    with pytest.raises(type(error), match=said):
+        join._enrolled(token, None, False, Session(), tmp_path)
+    other = JoinToken(bytes(16), ("h:7814",), bytes(5), bytes(16))
+    with pytest.raises(type(error), match=f"^{error.message}$"):
+        join._enrolled(other, None, False, Session(), tmp_path)
+
+
+def test_a_node_alone_is_told_where_its_cluster_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    name = f"look-{uuid.uuid4().hex[:6]}"
+    said = Joining(plan(tmp_path, cluster=name, closed=True), print)._how_to_look()
+    assert f"`potluck token create --role user --cluster {name}`" in said
+    assert Joining(plan(tmp_path), print)._how_to_look() == "`potluck status` shows the cluster"
+    (tmp_path / "config" / "potluck" / name).mkdir(parents=True)
+    (tmp_path / "config" / "potluck" / name / "client.pem").touch()
+    assert Joining(plan(tmp_path, cluster=name, closed=True), print)._how_to_look().endswith("shows the cluster")

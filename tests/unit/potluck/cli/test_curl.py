@@ -114,6 +114,15 @@ def test_what_does_not_answer_to_the_plain_name_is_asked_by_version() -> None:
     assert shlex.split(line)[1] == "http://127.0.0.1:1/v2/models/m/versions/2/infer"
 
 
+def test_in_a_closed_cluster_the_line_shows_our_certificate(tmp_path: Path) -> None:
+    where = tmp_path / "ann's"
+    [line] = curl.ask(NOWHERE, model(spec("x", "FP32", 4)), STABLE, Credentials(where=where))
+    assert shlex.split(line)[:5] == ["curl", "--cacert", str(where / "ca.crt"), "--cert", str(where / "client.pem")]
+    image = spec("pixels", "UINT8", 8, 8, 3)
+    for line in curl.ask(NOWHERE, model(image), STABLE, Credentials(where=where)):
+        assert "client.pem" in line
+
+
 def test_the_address_is_one_that_can_be_reached_from_here(unused_tcp_port_factory: Any) -> None:
     import socket
 

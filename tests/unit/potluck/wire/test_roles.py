@@ -49,7 +49,8 @@ def test_what_a_role_may_ask(role: str, kinds: set[type[Message]]) -> None:
 
 
 def test_whoever_may_not_is_told_what_is_needed() -> None:
-    with pytest.raises(NotAllowed, match="Undeploy needs the role 'operator', and client:ann is a user"):
+    said = "Undeploy needs the role 'operator', and client:ann is a user.*`potluck token create --role operator --name ann`"
+    with pytest.raises(NotAllowed, match=said):
         check(Caller("client:ann", "user"), Undeploy)
 
 
