@@ -161,7 +161,7 @@ class _Door:
         if self.open >= self._connections and not (self.strangers and self._free_stranger(connection.peer)):
             # One of the address that has most of them: a client must not lose connections because another holds many.
             host, most = max(self._peers.items(), key=lambda item: len(item[1].waiting))
-            if not self._free(most, host):
+            if connection.stranger or not self._free(most, host):
                 self._left(connection.peer)
                 return False
         peer = self._peers[connection.peer]

@@ -272,6 +272,13 @@ async def test_strangers_keep_no_member_out(
         assert await asyncio.wait_for(reader.readuntil(b"here"), 5)
     writer.write(b"GET /quick HTTP/1.1\r\nHost: x\r\n\r\n")
     assert await asyncio.wait_for(mine.readuntil(b"here"), 5), "members make no room where strangers are"
+    crowd.append(await members.come(b"GET /quick HTTP/1.1\r\nHost: x\r\n\r\n"))
+    assert await asyncio.wait_for(crowd[-1][0].readuntil(b"here"), 5)  # all 16 places are taken
+    for _ in range(20):
+        await strangers.come(host="127.0.0.4")
+    for reader, sender in ((mine, writer), *crowd):
+        sender.write(b"GET /quick HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert await asyncio.wait_for(reader.readuntil(b"here"), 5), "members make no room for strangers"
 
 
 TLS = pytest.mark.parametrize("credentials", ["mTLS"], indirect=True)
