@@ -57,8 +57,10 @@ def join(
     """Join a closed cluster with a token. With a node's token, this machine then works for it, as with `potluck up`, until Ctrl-C; where
     the service potluck-node is installed, that one does. With a client's token, this user's commands reach the cluster from now on.
     """
+    from potluck.cli.hidden import hide
     from potluck.wire import tokens
 
+    hide(token)
     given = session(context)
     parsed = tokens.parse(sys.stdin.readline() if token == "-" else token)  # noqa: S105
     if not client and state_dir is None and _is_service():

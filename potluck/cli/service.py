@@ -68,6 +68,7 @@ def install(
     into /etc/potluck. What is not given stays as it is there.
     """
     from potluck.cli import output
+    from potluck.cli.hidden import hide
     from potluck.client import operating
     from potluck.errors import InvalidRequest
     from potluck.service import installing, joining, systemd
@@ -91,6 +92,7 @@ def install(
         changes |= {"listen.host": joining.ADDRESS, "listen.insecure": False}
     member = token = ""
     if join is not None:
+        hide(join)
         done, known = joining.install(tokens.parse(sys.stdin.readline() if join == "-" else join), changes)
         member = f"{known.identity} of the closed cluster {known.cluster!r}"
     elif role == "coordinator":
