@@ -141,9 +141,13 @@ class Control:
         sync: Callable[[], Awaitable[None]],
         events: Events,
         members: OfMembers | None = None,
+        may_get: Callable[[str, str], bool] = lambda identity, sha256: True,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`sync` returns when all journaled events are safe on the disk; it raises Unavailable. `members`: of a closed cluster."""
+        """`sync` returns when all journaled events are safe on the disk; it raises Unavailable. `members`: of a closed cluster.
+
+        `may_get`: whether an identity may get a blob. Whoever gave a name to another's blob could get it from then on.
+        """
         self._dispatcher = dispatcher
         self._registry = registry
         self._serving = serving
@@ -156,6 +160,7 @@ class Control:
         self._sync = sync
         self._events = events
         self._members = members
+        self._may_get = may_get
         self._clock = clock
         self._answered: dict[tuple[str, str], Message] = {}
         self._begun: dict[tuple[str, str], asyncio.Future[Message]] = {}
@@ -251,7 +256,7 @@ class Control:
             case GetModel():
                 return ModelRegistered(model=locate(self._registry.model(message.model), self._holders.of))
             case RegisterModel():
-                return self._register(message)
+                return self._register(message, caller)
             case SetAlias():
                 return ModelChanged(model=self._registry.set_alias(message.model, message.alias))
             case RemoveAlias():
@@ -263,7 +268,7 @@ class Control:
             case ListDatasets():
                 return self._list_datasets(message.after)
             case AddDataset():
-                return self._add_dataset(message)
+                return self._add_dataset(message, caller)
             case RemoveDataset():
                 self._deletion.remove_dataset(message.name)
                 return DatasetRemoved(name=message.name)
@@ -326,8 +331,8 @@ class Control:
         listed, more = _page(one for lives, name, one in found if (lives, name) > last)
         return DatasetsListed(datasets=listed, more=more)
 
-    def _register(self, message: RegisterModel) -> Message:
-        self._need(message.model, "model")
+    def _register(self, message: RegisterModel, caller: Caller) -> Message:
+        self._need(message.model, "model", caller)
         info = self._registry.add_model(
             message.name,
             replace(message.model, holders=()),  # it is here
@@ -340,8 +345,8 @@ class Control:
         )
         return ModelRegistered(model=info)
 
-    def _add_dataset(self, message: AddDataset) -> Message:
-        self._need(message.manifest, "manifest")
+    def _add_dataset(self, message: AddDataset, caller: Caller) -> Message:
+        self._need(message.manifest, "manifest", caller)
         if message.manifest.size > MANIFEST_LIMIT_BYTES:
             raise InvalidData(
                 f"the manifest of data set {message.name!r} has {message.manifest.size} bytes: {MANIFEST_LIMIT_BYTES} are allowed"
@@ -358,7 +363,7 @@ class Control:
         _, *parts = dataset_blobs(message.manifest, dataset)
         for ref in parts:
             check_holders(ref.holders, f"the manifest of data set {message.name!r}")
-        missing = [ref.sha256 for ref in parts if not self._store.has(ref.sha256)]
+        missing = [ref.sha256 for ref in parts if not self._is_here(ref.sha256, caller)]
         if missing:
             raise InvalidData(
                 f"{len(missing)} of {counted(len(parts), 'blob')} of data set {message.name!r} {be(len(missing))} not in the "
@@ -381,9 +386,13 @@ class Control:
             self._packed.added(message.name)
         return DatasetAdded(dataset=added)
 
-    def _need(self, ref: BlobRef, what: str) -> None:
+    def _is_here(self, sha256: str, caller: Caller) -> bool:
+        """Whether the blob is here, as far as the caller may know."""
+        return self._store.has(sha256) and (not caller.known or self._may_get(caller.identity, sha256))
+
+    def _need(self, ref: BlobRef, what: str, caller: Caller) -> None:
         """Raises NotFound if the blob is not here, InvalidRequest if its size differs from the size in its reference."""
-        if not self._store.has(ref.sha256):
+        if not self._is_here(ref.sha256, caller):
             raise NotFound(
                 f"the {what} blob {ref.sha256[:12]} is not in the coordinator's store: "
                 f"PUT it to {self._where()}/blobs/{ref.sha256} first"

@@ -260,6 +260,14 @@ class Coordinator:
                 packed=packed,
                 settings=settings,
             )
+            rights: Rights = OPEN
+            if closed is not None:
+                rights = BlobRights(
+                    closed.role_of,
+                    named=keeping.names,
+                    results=lambda: [job.ended for job in jobs.jobs.values() if job.ended is not None],
+                    sent=store.sent,
+                )
             control = Control(
                 dispatcher=self._dispatcher,
                 registry=registry,
@@ -273,6 +281,7 @@ class Coordinator:
                 sync=journal.sync,
                 events=self._events,
                 members=None if closed is None else closed.questions,
+                may_get=rights.allowed,
             )
             # Of its own: whoever asks, while thousands of commands wait to be sent, is answered before them.
             replies = Outbox(bus, before=journal.flush)
@@ -320,14 +329,6 @@ class Coordinator:
                     running.append(tasks.create_task(closed.rules.run(), name="rules"))
                     running.append(tasks.create_task(closed.keep_certificates(), name="certificates"))
                 shelf = Shelf(store, downloader, urls, settings.http_body_limit_bytes)
-                rights: Rights = OPEN
-                if closed is not None:
-                    rights = BlobRights(
-                        closed.role_of,
-                        named=keeping.names,
-                        results=lambda: [job.ended for job in jobs.jobs.values() if job.ended is not None],
-                        sent=store.sent,
-                    )
                 routes = [
                     *blob_server.routes(store, writable=True, max_bytes=UPLOAD_LIMIT_BYTES, rights=rights),
                     *gateway.routes(

@@ -14,24 +14,27 @@ import pytest
 from coordinator.callers import Callers
 from coordinator.control import Control, Later
 from coordinator.requests import LATER_EACH, Requests
+from potluck.blobs.store import BlobStore
 from potluck.bus.exchange import Envelope
-from potluck.errors import InvalidRequest, NotAllowed, NotFound, Overloaded, PotluckError
+from potluck.errors import InvalidData, InvalidRequest, NotAllowed, NotFound, Overloaded, PotluckError
 from potluck.wire import codec
 from potluck.wire.jobs import Evaluate
 from potluck.wire.members import BearerCreated, CreateBearer
 from potluck.wire.messages import AnyMessage
 from potluck.wire.questions import (
+    AddDataset,
     CancelJob,
     FindReplicas,
     FollowEvents,
     Infer,
     ListEvents,
+    RegisterModel,
     RemoveAlias,
     StopTraining,
     SubmitJob,
 )
 from potluck.wire.roles import NEEDS, RANKS, Caller
-from potluck.wire.values import Message
+from potluck.wire.values import DataFormat, Dataset, DataShard, Message
 from support.eventually import eventually
 
 GOLDEN = Path(__file__).parents[2] / "contract" / "golden"
@@ -315,3 +318,25 @@ def test_to_check_who_asks_takes_no_time() -> None:
             callers.check("client:ann", Infer)
         spent.append((time.process_time() - began) / 1000)
     assert min(spent) < 20e-6
+
+
+def test_nobody_names_what_another_has_sent(tmp_path: Path) -> None:
+    """Whatever has a name, every user may get: and it would tell which blobs are here."""
+    store = BlobStore(tmp_path, 2**20)
+    model, part = store.put_bytes(b"model"), store.put_bytes(b"part")
+    dataset = Dataset(name="d", format=DataFormat(kind="arrays"), count=1, shards=(DataShard(blob=part, count=1),))
+    manifest = store.put_bytes(codec.pack(dataset))
+    mine = {"client:ann": {model.sha256, manifest.sha256, part.sha256}, "client:bob": {manifest.sha256}}
+    asking = control(
+        Work(), store=store, urls=lambda: ("https://c",), may_get=lambda identity, sha256: sha256 in mine[identity]
+    )
+    for question, why in (
+        (RegisterModel(name="m", model=model), "model blob"),
+        (AddDataset(name="d", manifest=manifest), "1 of 1 blob"),
+    ):
+        with pytest.raises(Reached):
+            asking.answer(question, ANN)
+        with pytest.raises((NotFound, InvalidData), match=why):
+            asking.answer(question, BOB)
+        with pytest.raises(Reached):
+            asking.answer(question)  # an open cluster
