@@ -92,7 +92,7 @@ async def test_a_coordinator_that_moved_is_found_and_a_plain_one_is_not_tried(
 
 
 async def test_nobody_in_particular_hears_how_to_get_in(cluster: LocalCluster) -> None:
-    with pytest.raises(NotAuthenticated, match=f"closed: get a token .* --cluster {NAME}"):
+    with pytest.raises(NotAuthenticated, match=f"is closed, .*potluck token create .*--cluster {NAME}"):
         await AsyncClient(cluster=NAME, credentials="none").nodes()
     with pytest.raises(Unavailable):
         await AsyncClient(f"127.0.0.1:{cluster.client_port}", cluster=NAME, credentials="none", timeout=2).nodes()
