@@ -349,7 +349,9 @@ class Node:
         if self._presence.joined:
             missing = f", whose coordinator speaks version {self._foreign} of the protocol, but this node speaks {OURS}"
             # The broker of a closed cluster lets a removed node connect, and tells it nothing.
-            alone = ", which has no coordinator" + (", or has removed this node" if self.member else "")
+            alone = ", which has no coordinator" + (
+                ", or has removed this node: then join again with a new token" if self.member else ""
+            )
             missing = missing if self._foreign else alone
             where = f"{node} is in {cluster}" + ("" if self._coordinated and not self._foreign else missing)
         elif self._presence.births:

@@ -95,8 +95,14 @@ def sole_use(folder: Path, what: str, cluster: str) -> Iterator[Callable[[str], 
             # In one write: others may read it at any time.
             os.pwrite(descriptor, text.ljust(os.fstat(descriptor).st_size), 0)
 
-        os.ftruncate(descriptor, 0)
-        tell("")
+        try:
+            os.ftruncate(descriptor, 0)
+            tell("")
+        except OSError as error:
+            raise InvalidSettings(
+                f"nothing can be written to the state folder {folder}: {error.strerror}: make room on its disk, or choose another folder with "
+                "--state-dir"
+            ) from error
         yield tell
     finally:
         os.close(descriptor)

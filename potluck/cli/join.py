@@ -54,8 +54,10 @@ def join(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Join a closed cluster with a token. With a node's token, this machine then works for it, as with `potluck up`, until Ctrl-C; where
-    the service potluck-node is installed, that one does. With a client's token, this user's commands reach the cluster from now on.
+    """Join a closed cluster with a token.
+
+    With a node's token, this machine then works for it, as with `potluck up`, until Ctrl-C; where the service potluck-node is installed,
+    that one does. With a client's token, this user's commands reach the cluster from now on.
     """
     from potluck.cli.hidden import hide
     from potluck.wire import tokens

@@ -146,7 +146,7 @@ class Joining:
             return
         found = await closing.look(plan)
         if found is not None and found.ca:
-            raise NotAuthenticated(closed_text(plan.network.cluster))
+            raise NotAuthenticated(closed_text(plan.network.cluster, found.host))
         if found is not None:
             return
         if why := closing.why_not():
@@ -288,7 +288,15 @@ class Joining:
         return [found.id for found in discovery.services("candidate") if found.id not in ours | given_up]
 
     async def _found(self, discovery: Discovery, seconds: float) -> bool:
-        found = await discovery.wait_for(_is_coordinator, seconds)
+        closed = self._plan.closed
+        found = await discovery.wait_for(lambda one: _is_coordinator(one) and (closed or not one.ca), seconds)
+        if (
+            found is None
+            and (other := next(filter(_is_coordinator, discovery.services("coordinator")), None)) is not None
+        ):
+            raise NotAuthenticated(
+                f"{closed_text(other.cluster, other.host)}. For an open cluster beside it, give another name with --cluster"
+            )
         if found is not None:
             self._say(f"found its coordinator at {found.host} (broker {found.host}:{found.broker_port})")
         return found is not None

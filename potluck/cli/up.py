@@ -62,7 +62,7 @@ def up(
         ),
     ] = None,
 ) -> None:
-    """Join the cluster on this network, or start one: run this on every machine.
+    """Start potluck on this machine: in the cluster that it belongs to, or as the first machine of a new one.
 
     On a network it is a closed cluster: the first machine founds it and shows the command for the others. Where that is not possible, only
     this machine is served.

@@ -214,7 +214,7 @@ class Connection:
                 "broker with --seed HOST[:PORT]"
             )
         if heard.ca and not any(OPEN.broker(one) for discovery in found for one in discovery.services()):
-            raise NotAuthenticated(closed_to_clients(settings.cluster))
+            raise NotAuthenticated(closed_to_clients(settings.cluster, heard.host))
         sources = [broker_addresses(settings, discovery) for discovery in found]
 
         async def following() -> tuple[str, int]:

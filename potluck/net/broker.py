@@ -284,9 +284,10 @@ async def start_closed_broker(
             "'apt install mosquitto' (or your system's package)"
         )
     port, client_port = (port or _free_port(host) for port in ports)
-    for one in (port, client_port):
+    names = ("`potluck up --broker-port` (broker.closed_port)", "broker.client_port (POTLUCK_BROKER__CLIENT_PORT)")
+    for one, name in zip((port, client_port), names, strict=True):
         if _taken(host, one):
-            raise CannotListen(taken_text(host, one, "the broker's port (broker.port)"))
+            raise CannotListen(taken_text(host, one, name))
     _write_rules(folder, topics, tuple(members))
     text = broker_rules.configuration(host, port, client_port, _LIMITS + "connection_messages true\n")
     write(folder / broker_rules.CONFIGURATION, text.encode())

@@ -312,22 +312,26 @@ def broker_addresses(
     return following
 
 
-def closed_text(cluster: str) -> str:
+def closed_text(cluster: str, host: str = "") -> str:
     """What to tell a daemon without credentials that finds a closed cluster."""
     create = typed("potluck token create", cluster)
     return (
-        f"cluster {cluster!r} is closed. To let this machine work for it, type `{create}` on the coordinator's machine, and here the "
-        "`potluck join` that it shows"
+        f"cluster {cluster!r} is closed. To let this machine work for it, type `{create}` on {_machine(host)}, and here the `potluck join` "
+        "that it shows"
     )
 
 
-def closed_to_clients(cluster: str) -> str:
+def closed_to_clients(cluster: str, host: str = "") -> str:
     """What to tell a command without credentials that finds a closed cluster. A node's credentials on its machine are not the commands'."""
     create = typed("potluck token create --role user", cluster)
     return (
-        f"cluster {cluster!r} is closed, and only its nodes and clients may ask. To ask from here, type `{create}` on the coordinator's "
-        "machine, and here the `potluck join` that it shows"
+        f"cluster {cluster!r} is closed, and only its nodes and clients may ask. To ask from here, type `{create}` on {_machine(host)}, "
+        "and here the `potluck join` that it shows"
     )
+
+
+def _machine(host: str) -> str:
+    return f"the coordinator's machine ({host})" if host else "the coordinator's machine"
 
 
 def _label(service: Service, attempt: int) -> str:

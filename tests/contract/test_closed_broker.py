@@ -16,7 +16,7 @@ import pytest
 
 from potluck.bus.connecting import refusal, take_over
 from potluck.credentials import Credentials
-from potluck.errors import InvalidSettings, Unavailable
+from potluck.errors import CannotListen, InvalidSettings, Unavailable
 from potluck.net import broker as brokers
 from potluck.net import broker_rules
 from potluck.net.broker import ClosedBroker, start_closed_broker
@@ -413,3 +413,12 @@ async def test_what_cannot_be_a_closed_broker(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(brokers, "find_mosquitto", lambda: None)
     with pytest.raises(Unavailable, match="apt install mosquitto"):
         await start("auto")
+
+
+@pytest.mark.parametrize(("which", "option"), [(0, "`potluck up --broker-port`"), (1, "broker.client_port")])
+async def test_a_taken_port_names_the_option_for_it(which: int, option: str, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        ports = [0, 0]
+        ports[which] = server.getsockname()[1]
+        with pytest.raises(CannotListen, match=f"is taken .*: choose another one with {option}"):
+            await start_closed_broker(BrokerSettings(), "127.0.0.1", (ports[0], ports[1]), tmp_path, TOPICS, MEMBERS)

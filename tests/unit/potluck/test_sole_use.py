@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -98,3 +99,15 @@ def test_without_a_list_of_locks_nobody_is_seen(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(sole_use_module, "LOCKS", tmp_path / "none")
     with sole_use(tmp_path, "node", "lab"):
         assert users_here() == []
+
+
+def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*given: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with (
+        pytest.raises(InvalidSettings, match="No space left on device: make room on its disk"),
+        sole_use(tmp_path, "up", "c"),
+    ):
+        pass

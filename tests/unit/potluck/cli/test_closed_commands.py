@@ -222,3 +222,28 @@ def test_a_node_alone_is_told_where_its_cluster_is_seen(tmp_path: Path, monkeypa
     (tmp_path / "config" / "potluck" / name).mkdir(parents=True)
     (tmp_path / "config" / "potluck" / name / "client.pem").touch()
     assert Joining(plan(tmp_path, cluster=name, closed=True), print)._how_to_look().endswith("shows the cluster")
+
+
+async def test_an_open_cluster_is_none_of_a_closed_one(tmp_path: Path) -> None:
+    """Before, `up --insecure` took a closed cluster's coordinator for its own, and its node waited for ever."""
+
+    class Around:
+        def __init__(self, *services: Service) -> None:
+            self._services = services
+
+        async def wait_for(self, wanted: Callable[[Service], bool], seconds: float) -> Service | None:
+            return next(filter(wanted, self._services), None)
+
+        def services(self, role: str) -> tuple[Service, ...]:
+            return self._services
+
+    closed, open_one = coordinator("00" * 8), coordinator("")
+    joining = Joining(plan(tmp_path, asked=True), lambda text: None)
+    with pytest.raises(
+        NotAuthenticated, match=r"on the coordinator's machine \(192\.0\.2\.7\).* another name with --cluster"
+    ):
+        await joining._found(Around(closed), 0)  # type: ignore[arg-type]
+    assert await joining._found(Around(closed, open_one), 0)  # type: ignore[arg-type]
+    assert not await joining._found(Around(), 0)  # type: ignore[arg-type]
+    ours = Joining(plan(tmp_path, closed=True), lambda text: None)
+    assert await ours._found(Around(closed), 0)  # type: ignore[arg-type]
