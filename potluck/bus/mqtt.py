@@ -229,7 +229,7 @@ class MqttBus(Bus):
             del self._tried[next(iter(self._tried))]
 
     def _unavailable(self, what: str) -> Unavailable:
-        return Unavailable(f"{what} ({self._what_was_tried()}): check that a broker runs there")
+        return Unavailable(f"{what} ({self._what_was_tried()}): is `potluck up` (or the broker) running there?")
 
     def _what_was_tried(self) -> str:
         return "; ".join(f"{place}: {reason}" for place, reason in self._tried.items()) or (
