@@ -214,10 +214,14 @@ def check(certificate: bytes, ca: bytes, now: float) -> Certificate:
         except InvalidSignature as error:
             raise InvalidRequest(f"the certificate of {described.identity} is not by this cluster's CA") from error
     if not described.not_before <= now <= described.not_after:
-        ended = datetime.fromtimestamp(described.not_after, UTC)
+        early = now < described.not_before
+        edge, here = (
+            datetime.fromtimestamp(at, UTC) for at in (described.not_before if early else described.not_after, now)
+        )
+        advice = "set this machine's clock" if early else "check this machine's clock, or join the cluster again"
         raise InvalidRequest(
-            f"the certificate of {described.identity} is not valid now (it ends {ended:%Y-%m-%d %H:%M} UTC): "
-            "check this machine's clock, or join the cluster again"
+            f"the certificate of {described.identity} is not valid now: it {'begins' if early else 'ended'} {edge:%Y-%m-%d %H:%M} UTC, and "
+            f"by the clock here it is {here:%Y-%m-%d %H:%M}: {advice}"
         )
     return described
 
