@@ -27,7 +27,7 @@ from potluck.cli.service import service
 from potluck.cli.session import Session, begin, global_options_first
 from potluck.cli.status import status
 from potluck.cli.suggesting import Command, CommandGroup
-from potluck.cli.token import token
+from potluck.cli.tokens import token
 from potluck.cli.train import train
 from potluck.cli.up import up
 from potluck.errors import PotluckError

@@ -191,7 +191,7 @@ async def test_a_client_that_is_called_like_a_node_has_nothing_of_it(home: Attac
     home.cluster.join("node-1", where, "viewer")
     before = home.states["node-1"]
     context = attackers.tls(where / "client.pem")
-    assert attackers.ask(home.node_port, f"/blobs/{'0' * 64}", context)[0] == 404  # clients get outputs only
+    assert attackers.ask(home.node_port, f"/blobs/{'0' * 64}", context)[0] == 403  # a viewer gets nothing there
     for port in (home.cluster.client_port, home.cluster.broker_port):
         peer = await Peer(context, "potluck-thief", port).connected()
         try:

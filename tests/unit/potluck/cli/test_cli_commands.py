@@ -483,3 +483,9 @@ def test_fixed_words_that_the_shell_offers_are_those_that_are_taken() -> None:
     assert {name: sorted(words) for name, words in offered.items()} == {
         name: sorted(words) for name, words in taken.items()
     }
+
+
+def test_no_module_of_the_command_line_takes_a_name_of_pythons_library() -> None:
+    """`plain_mqtt.py` runs as a script: then its folder comes first where Python looks for modules."""
+    names = {path.stem for path in Path(completion.__file__).parent.glob("*.py")}
+    assert names & sys.stdlib_module_names == set()

@@ -19,7 +19,7 @@ from potluck.cli import closing, join
 from potluck.cli.joining import Joining
 from potluck.cli.plan import Plan
 from potluck.cli.session import Session
-from potluck.cli.token import seconds
+from potluck.cli.tokens import seconds
 from potluck.credentials import FOLDER
 from potluck.errors import Conflict, InvalidRequest, InvalidSettings, NotAllowed, NotAuthenticated, PotluckError
 from potluck.net.discovery import Service
