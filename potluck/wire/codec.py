@@ -28,6 +28,7 @@ _IN_JSON = {key: re.compile(rb'"%s"\s*:\s*("(?:[^"\\]|\\.)*")' % key.encode(), r
 _UNREADABLE = (ValueError, TypeError, RecursionError, msgpack.exceptions.UnpackException)
 """Errors of the parsers. TypeError: a msgpack map may have a list as a key; our messages never have."""
 _NATIVE = {"msgpack": (bytes,), "json": ()}
+_WHOLE = msgspec.msgpack.Decoder(msgspec.Raw)
 _PACKER = msgspec.msgpack.Encoder()
 T = TypeVar("T")
 
@@ -86,13 +87,19 @@ def _fields_of_json(payload: bytes) -> Iterator[tuple[str, str]]:
 
 def _fields_of_msgpack(payload: bytes) -> Iterator[tuple[str, str]]:
     """(name, text) of fields, up to the first field that cannot be read. Old libraries write texts as `bin`."""
-    # Read texts as bytes and maps as lists: then neither bad UTF-8 nor an unusual key stops before the next field.
-    unpacker = msgpack.Unpacker(raw=True, strict_map_key=False, object_pairs_hook=list, max_buffer_size=len(payload))
+    # Read texts as bytes: then bad UTF-8 does not stop before the next field.
+    # Lists and maps are passed over: msgpack takes room for as many items as each says it has, before it looks for them.
+    unpacker = msgpack.Unpacker(
+        raw=True, strict_map_key=False, max_buffer_size=len(payload), max_array_len=0, max_map_len=0
+    )
     with suppress(*_UNREADABLE):
         unpacker.feed(payload)
         for _ in range(unpacker.read_map_header()):
-            key, text = unpacker.unpack(), unpacker.unpack()
-            if key in (b"id", b"reply_to") and isinstance(text, bytes):
+            key = unpacker.unpack()
+            if key not in (b"id", b"reply_to"):
+                unpacker.skip()
+                continue
+            if isinstance(text := unpacker.unpack(), bytes):
                 with suppress(UnicodeDecodeError):
                     yield key.decode(), text.decode()
 
@@ -151,10 +158,12 @@ def _parse(payload: bytes) -> tuple[dict[Any, Any], Encoding]:
                 json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair could not be sent on
         else:
             size = len(payload)
+            # Only what is whole: msgpack takes room for as many items as a list says it has, and lists in lists say it again and again.
+            _WHOLE.decode(payload)
             value = msgpack.unpackb(
                 payload, strict_map_key=False, max_str_len=size, max_bin_len=size, max_array_len=size, max_map_len=size
             )
-    except _UNREADABLE as error:
+    except (msgspec.MsgspecError, *_UNREADABLE) as error:
         raise BadMessage(f"the payload is not valid {encoding}: {error or type(error).__name__}") from error
     if not isinstance(value, dict):
         raise BadMessage(f"the payload is a {type(value).__name__}: expected a map")

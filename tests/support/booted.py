@@ -148,8 +148,14 @@ class Machine:
         return 0
 
     def settled(self, seconds: float = 60) -> str:
-        """How the boot ended: `running`, or `degraded` and the like."""
-        return self.run("systemctl", "is-system-running", "--wait", check=False, seconds=seconds)
+        """How the boot ended: `running`, or `degraded` and the like, with the units that failed."""
+        state = self.run("systemctl", "is-system-running", "--wait", check=False, seconds=seconds)
+        if state != "degraded":
+            return state
+        failed = self.run("systemctl", "list-units", "--failed", "--plain", "--no-legend", check=False)
+        return (
+            f"{state}: {failed}\n{self.run('journalctl', '--priority', 'warning', '--no-pager', check=False)[-2000:]}"
+        )
 
     def shut_down(self) -> None:
         if self._process is None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from msgspec.structs import replace
+from msgspec.structs import asdict, replace
 
 from potluck.errors import InvalidRequest, InvalidSettings
 from potluck.security import cluster_file
@@ -61,7 +61,7 @@ def test_fields_of_later_versions_are_left_alone(tmp_path: Path) -> None:
 )
 def test_what_no_cluster_has_is_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(InvalidRequest):
-        replace(GOOD, **wrong)
+        cluster_file.ClusterFile(**(asdict(GOOD) | wrong))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import tracemalloc
 from typing import Any
 
 import msgpack
@@ -233,3 +234,17 @@ def test_files_have_no_limit_and_may_be_any_struct() -> None:
 
 def test_json_has_null_for_numbers_that_are_not_finite() -> None:
     assert codec.pack({"a": [float("nan"), 1.5], "b": float("-inf")}, "json") == b'{"a":[null,1.5],"b":null}'
+
+
+def test_lists_that_claim_more_than_there_is_take_no_room() -> None:
+    """Each of 900 lists in each other says that it has 250,000 items. msgpack would take 2 MB for each."""
+    payload = b"\x82\xa1x" + b"\xdd\x00\x03\xd0\x00" * 900 + b"\xc0" * 250_000 + b"\xa2id\xa1a"
+    tracemalloc.start()
+    try:
+        with pytest.raises(BadMessage):
+            codec.decode(payload)
+        codec.salvage(payload)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 10 * len(payload)
