@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from potluck.cli import completion
 from potluck.cli.session import Json, Session, session
+from potluck.cli.up import Data, LogLevel
 
 if TYPE_CHECKING:
     from potluck.enrolment import Enrolled
@@ -38,20 +38,8 @@ def join(
     state_dir: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Where the node keeps its identity and blobs.")
     ] = None,
-    data: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=PATH", help="Data that stay on this machine: train on node:NAME. Repeat it for more."
-        ),
-    ] = None,
-    log_level: Annotated[
-        str | None,
-        typer.Option(
-            metavar="LEVEL",
-            help="Level of the node's log (default: WARNING; with --debug DEBUG).",
-            autocompletion=completion.words("DEBUG", "INFO", "WARNING", "ERROR"),
-        ),
-    ] = None,
+    data: Data = None,
+    log_level: LogLevel = None,
     as_json: Json = False,
 ) -> None:
     """Join a closed cluster with a token.

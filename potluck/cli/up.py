@@ -10,6 +10,20 @@ import typer
 from potluck.cli import completion
 from potluck.cli.session import Session, session
 
+Data = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=PATH", help="Data that stay on this machine: train on node:NAME. Repeat it for more."),
+]
+LogLevel = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LEVEL",
+        help="Level of the daemons' logs (default: WARNING; with --debug DEBUG).",
+        autocompletion=completion.words("DEBUG", "INFO", "WARNING", "ERROR"),
+    ),
+]
+"""For commands that run this machine's daemons."""
+
 
 def up(
     context: typer.Context,
@@ -47,20 +61,8 @@ def up(
             help="Port of the gateway (HTTP), where one is started (default: 7814, or the next free one).",
         ),
     ] = None,
-    data: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=PATH", help="Data that stay on this machine: train on node:NAME. Repeat it for more."
-        ),
-    ] = None,
-    log_level: Annotated[
-        str | None,
-        typer.Option(
-            metavar="LEVEL",
-            help="Level of the daemons' logs (default: WARNING; with --debug DEBUG).",
-            autocompletion=completion.words("DEBUG", "INFO", "WARNING", "ERROR"),
-        ),
-    ] = None,
+    data: Data = None,
+    log_level: LogLevel = None,
 ) -> None:
     """Start potluck on this machine: in the cluster that it belongs to, or as the first machine of a new one.
 
