@@ -417,6 +417,7 @@ async def test_what_cannot_be_a_closed_broker(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize(("which", "option"), [(0, "`potluck up --broker-port`"), (1, "broker.client_port")])
 async def test_a_taken_port_names_the_option_for_it(which: int, option: str, tmp_path: Path) -> None:
+    mosquitto_or_skip()
     with socket.create_server(("127.0.0.1", 0)) as server:
         ports = [0, 0]
         ports[which] = server.getsockname()[1]
